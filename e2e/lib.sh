@@ -2,16 +2,17 @@
 # What `cluster` and `node.sh` both know: where things are, which process is the
 # cluster's first, and how to take its cgroups away.
 #
-# state directory
+# The state directory holds
 #   process      "pid start-time boot-id" of the first process, as the machine sees it
 #   kubeconfig   for the administrator, complete in itself
 #   kube         link to the directory with the Kubernetes programs in use
+#   caches       link to the directory nginx serves
 #   ready        there once the node's components all answer
 #   failed       one line: why the node gave up
 #   node/        everything the node keeps; log/ in it holds a file per component
 
 e2e_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-state=${NIX_CSI_CLUSTER_STATE:-$(dirname "$e2e_dir")/target/e2e/cluster}
+state=$(realpath -m "${NIX_CSI_CLUSTER_STATE:-$(dirname "$e2e_dir")/target/e2e/cluster}")
 
 # Every cgroup of this cluster is below this one, in each hierarchy. Made from
 # the state directory's name, so leftovers of a killed cluster are found again.

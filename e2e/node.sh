@@ -11,9 +11,8 @@
 # From the environment:
 #   KUBE_BIN  directory with the Kubernetes programs
 #   IMAGES    directory with OCI archives to import
-#   CACHES    directory served at http://10.90.0.1:8080/
 set -euo pipefail
-: "${KUBE_BIN:?}" "${IMAGES:?}" "${CACHES:?}"
+: "${KUBE_BIN:?}" "${IMAGES:?}"
 
 # shellcheck source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -49,11 +48,13 @@ prepare_mounts() {
         "$node"/var-lib/{kubelet,containerd,nix-csi} "$node/var-log"
     # Go programs and containerd's helpers would otherwise use /tmp.
     export TMPDIR=$node/tmp
+    # As kubectl would use the home directory.
+    export KUBECACHEDIR=$node/kubectl-cache
 
+    mount -t tmpfs -o mode=755 run /run
     mount -t proc -o nosuid,nodev,noexec proc /proc
     shield_sysctls
 
-    mount -t tmpfs -o mode=755 run /run
     mkdir -p /run/lock /run/netns /run/containerd
     # Debian links it; elsewhere it may be a directory of its own.
     [[ -L /var/run ]] || mount --bind /run /var/run
@@ -268,6 +269,7 @@ enforceNodeAllocatable: []
 failCgroupV1: false
 failSwapOn: false
 evictionHard: {}
+oomScoreAdj: 0
 imageGCHighThresholdPercent: 100
 localStorageCapacityIsolation: false
 resolvConf: ""
@@ -284,6 +286,7 @@ mode: iptables
 hostnameOverride: $node_name
 clientConnection: {kubeconfig: $node/conf/proxy.kubeconfig}
 clusterCIDR: $pods
+oomScoreAdj: 0
 conntrack: {maxPerCore: 0, min: 0}
 YAML
 }
@@ -309,7 +312,8 @@ http {
     sendfile on;
     server {
         listen $node_ip:8080;
-        root $CACHES;
+        # A link, so that \`cluster up --caches\` can point it elsewhere later.
+        root $state/caches;
         autoindex on;
     }
 }
@@ -385,10 +389,10 @@ main() {
     start_node_agents
     start_cache_server
     wait "$importing" || exit 1
-    await "the node" 60 kubectl --kubeconfig "$state/kubeconfig" \
+    await kubelet 60 kubectl --kubeconfig "$state/kubeconfig" \
         wait --for=condition=Ready --timeout=5s "node/$node_name"
     # Pods are refused before their service account exists.
-    await "the default service account" 30 kubectl --kubeconfig "$state/kubeconfig" get serviceaccount default
+    await controller-manager 30 kubectl --kubeconfig "$state/kubeconfig" get serviceaccount default
     touch "$state/ready"
     # The first process has nothing left to do but reap what is orphaned.
     while :; do sleep 3600; done

@@ -8,9 +8,10 @@
 # that names each missing tool and the Debian package that has it.
 set -euo pipefail
 
-# Each line: group, tool (a command, or an absolute path), Debian package.
+# Each line: group, tool (a command, or an absolute path), Debian package. A dash:
+# Debian's is too old for this project, so it is never installed, only asked for.
 tools='
-kube    go                          golang-go
+kube    go                          -
 cluster etcd                        etcd-server
 cluster containerd                  containerd
 cluster containerd-shim-runc-v2     containerd
@@ -42,7 +43,7 @@ nix     busybox                     busybox-static
 nix     zstd                        zstd
 nix     xz                          xz-utils
 nix     sqlite3                     sqlite3
-build   cargo                       cargo
+build   cargo                       -
 build   gcc                         gcc
 build   mold                        mold
 build   mkfs.ext4                   e2fsprogs
@@ -107,16 +108,19 @@ main() {
 
     if can_install; then
         local packages
-        mapfile -t packages < <(awk '{ print $2 }' <<<"$missing" | sort -u)
-        echo "setup.sh: installing ${packages[*]}" >&2
-        # Judged by what is missing afterwards, not by apt's exit code.
-        install_packages "${packages[@]}" || echo "setup.sh: apt-get failed" >&2
-        missing=$(missing_tools "${groups[@]}")
-        [[ -n $missing ]] || return 0
+        mapfile -t packages < <(awk '$2 != "-" { print $2 }' <<<"$missing" | sort -u)
+        if [[ ${#packages[@]} -gt 0 ]]; then
+            echo "setup.sh: installing ${packages[*]}" >&2
+            # Judged by what is missing afterwards, not by apt's exit code.
+            install_packages "${packages[@]}" || echo "setup.sh: apt-get failed" >&2
+            missing=$(missing_tools "${groups[@]}")
+            [[ -n $missing ]] || return 0
+        fi
     fi
     {
         echo "setup.sh: these tools are missing (Debian package in brackets):"
-        awk '!seen[$1]++ { print "  " $1 " (" $2 ")" }' <<<"$missing"
+        awk '!seen[$1]++ { print "  " $1 ($2 == "-" ? "" : " (" $2 ")") }' <<<"$missing"
+        [[ $missing != *" -"* ]] || echo "  from https://go.dev/dl and https://rustup.rs, as Debian's are too old"
     } >&2
     exit 1
 }

@@ -13,6 +13,7 @@ if [[ $# -ne 4 ]]; then
 fi
 containerfile=$1 context=$2 name=$3 out=$4
 cache=${NIX_CSI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/nix-csi}
+mkdir -p "$(dirname "$out")"
 
 # A store of our own per call, so parallel calls share nothing and nothing stays
 # behind. It lies beside the cache: vfs copies every layer, /tmp may be small.
@@ -20,13 +21,24 @@ mkdir -p "$cache"
 work=$(mktemp -d "$cache/.archive.XXXXXX")
 trap 'rm -rf -- "$work"' EXIT
 
-# No seccomp or policy files are needed, but buildah insists on a policy.
+# buildah insists on a policy; what it copies is only ever our own.
 echo '{"default": [{"type": "insecureAcceptAnything"}]}' >"$work/policy.json"
+
+# For root, buildah keeps a cache of blobs in /var/lib/containers whatever it is
+# told; a mount of our own over that place leaves the machine's alone.
+in_private_var_lib() {
+    if [[ $EUID == 0 ]]; then
+        # shellcheck disable=SC2016
+        unshare --mount --propagation private sh -c 'mount -t tmpfs none /var/lib && exec "$@"' sh "$@"
+    else
+        "$@"
+    fi
+}
 
 buildah_here() {
     local command=$1
     shift
-    TMPDIR=$work buildah --storage-driver vfs --root "$work/root" --runroot "$work/run" \
+    TMPDIR=$work in_private_var_lib buildah --storage-driver vfs --root "$work/root" --runroot "$work/run" \
         "$command" --signature-policy "$work/policy.json" "$@"
 }
 
@@ -35,5 +47,4 @@ buildah_here build --isolation chroot --pull-never --quiet --timestamp 0 \
     --tag "$name" --file "$containerfile" "$context" >"$work/log" 2>&1 &&
     buildah_here push --quiet "$name" "oci-archive:$work/image.tar:$name" >>"$work/log" 2>&1 ||
     { echo "archive.sh: building $name failed:" >&2; cat "$work/log" >&2; exit 1; }
-mkdir -p "$(dirname "$out")"
 mv -f "$work/image.tar" "$out"

@@ -141,9 +141,8 @@ struct Fields<'a> {
 impl<'a> Fields<'a> {
     fn read(text: &'a str) -> Result<Self, ParseNarInfoError> {
         let mut fields = Self::default();
-        let body = match text.strip_suffix('\n') {
-            Some(body) => body,
-            None => return Err(ParseNarInfoError::Line(text.lines().count())),
+        let Some(body) = text.strip_suffix('\n') else {
+            return Err(ParseNarInfoError::Line(text.lines().count()));
         };
         for (n, line) in body.split('\n').enumerate() {
             let (field, value) = line.split_once(':').ok_or(ParseNarInfoError::Line(n + 1))?;
@@ -292,7 +291,10 @@ Sig: cache.nixos.org-1:sn5s/RrqEI+YG6/PjwdbPjcAC7rcta7sJU4mFOawGvJBLsWkyLtBrT2Eu
     fn a_real_one_is_read_and_its_signature_holds() {
         let info: NarInfo = GOOD.parse().unwrap();
         assert_eq!(info.path.pname(), "net-tools");
-        assert_eq!((info.nar_size, info.file_size, info.compression), (464_152, Some(114_980), Compression::Xz));
+        assert_eq!(
+            (info.nar_size, info.file_size, info.compression),
+            (464_152, Some(114_980), Compression::Xz)
+        );
         let trusted: crate::TrustedKeys = [KEY.parse().unwrap()].into_iter().collect();
         assert_eq!(trusted.verify(&info.fingerprint(), &info.signatures), Ok("cache.nixos.org-1"));
         let grown = NarInfo { nar_size: 464_153, ..info };

@@ -113,9 +113,9 @@ impl StorePath {
     /// The name without its version, as `builtins.parseDrvName` cuts it: `hello`.
     pub fn pname(&self) -> &str {
         let name = self.name();
-        let version = name
-            .char_indices()
-            .find(|(at, c)| *c == '-' && name[at + 1..].chars().next().is_some_and(|n| !n.is_ascii_alphabetic()));
+        let version = name.char_indices().find(|(at, c)| {
+            *c == '-' && name[at + 1..].chars().next().is_some_and(|n| !n.is_ascii_alphabetic())
+        });
         version.map_or(name, |(at, _)| &name[..at])
     }
 
@@ -190,14 +190,23 @@ mod tests {
     #[case::bare_name("hello", ParseStorePathError::NotInStore)]
     #[case::the_store_itself("/nix/store/", ParseStorePathError::Hash)]
     #[case::hash_too_short("/nix/store/abc-hello", ParseStorePathError::Hash)]
-    #[case::letter_outside_the_alphabet("/nix/store/e0bgd045z0d4icpbc2yyz4gx48ak44la-x", ParseStorePathError::Hash)]
+    #[case::letter_outside_the_alphabet(
+        "/nix/store/e0bgd045z0d4icpbc2yyz4gx48ak44la-x",
+        ParseStorePathError::Hash
+    )]
     #[case::hash_only("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la", ParseStorePathError::NoName)]
     #[case::empty_name("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-", ParseStorePathError::NoName)]
     #[case::dots("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-..", ParseStorePathError::NameDots)]
     #[case::dots_dash("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-.-x", ParseStorePathError::NameDots)]
     #[case::space("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-a b", ParseStorePathError::NameCharacter(' '))]
-    #[case::not_ascii("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-ä", ParseStorePathError::NameCharacter('ä'))]
-    #[case::below("/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-a/bin", ParseStorePathError::NameCharacter('/'))]
+    #[case::not_ascii(
+        "/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-ä",
+        ParseStorePathError::NameCharacter('ä')
+    )]
+    #[case::below(
+        "/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-a/bin",
+        ParseStorePathError::NameCharacter('/')
+    )]
     fn bad_paths(#[case] text: &str, #[case] error: ParseStorePathError) {
         assert_eq!(text.parse::<StorePath>(), Err(error));
     }

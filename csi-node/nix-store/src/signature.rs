@@ -202,14 +202,9 @@ mod tests {
 
     #[test]
     fn references_are_sorted_and_counted_once() {
-        let path = |n: char| {
-            StorePath::from_base_name(&format!("{}-x", n.to_string().repeat(32))).unwrap()
-        };
+        let path = |n: char| StorePath::from_base_name(&format!("{}-x", n.to_string().repeat(32))).unwrap();
         let text = fingerprint(&path('1'), NarHash::new([0; 32]), 9, &[path('z'), path('a'), path('z')]);
-        assert_eq!(
-            text,
-            format!("1;{};sha256:{};9;{},{}", path('1'), "0".repeat(52), path('a'), path('z'))
-        );
+        assert_eq!(text, format!("1;{};sha256:{};9;{},{}", path('1'), "0".repeat(52), path('a'), path('z')));
     }
 
     #[test]

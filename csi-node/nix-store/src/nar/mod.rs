@@ -18,6 +18,7 @@ pub use writer::NarWriter;
 const MAGIC: &[u8] = b"nix-archive-1";
 
 /// What `str` adds behind `len` bytes.
-const fn padding(len: u64) -> u64 {
-    (8 - len % 8) % 8
+const fn padding(len: u64) -> u8 {
+    // The last three bits of `-len`.
+    (len.wrapping_neg() & 7) as u8
 }

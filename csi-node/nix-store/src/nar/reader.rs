@@ -138,7 +138,7 @@ pub struct NarReader {
     token: Vec<u8>,
     /// What is left of the file's contents, and of the padding behind them.
     remaining: u64,
-    pad: u64,
+    pad: u8,
 }
 
 impl Default for NarReader {
@@ -189,11 +189,16 @@ impl NarReader {
             sink.data(data).map_err(PushError::Sink)?;
             self.remaining -= data.len() as u64;
         }
-        let (pad, rest) = split_at_most(rest, if self.remaining == 0 { self.pad } else { 0 });
-        if pad.iter().any(|byte| *byte != 0) {
-            return Err(NarError::Padding.into());
+        let mut rest = rest;
+        while self.remaining == 0
+            && self.pad > 0
+            && let Some((byte, behind)) = rest.split_first()
+        {
+            if *byte != 0 {
+                return Err(NarError::Padding.into());
+            }
+            (self.pad, rest) = (self.pad - 1, behind);
         }
-        self.pad -= pad.len() as u64;
         if self.remaining == 0 && self.pad == 0 {
             sink.file_end().map_err(PushError::Sink)?;
             self.state = State::NodeClose;
@@ -245,8 +250,8 @@ impl NarReader {
         if len > limit {
             return Err(NarError::TooLong { what, len, limit });
         }
-        // At most a few thousand, by the check above.
-        Ok((8 + len + padding(len)) as usize)
+        let total = 8 + len + u64::from(padding(len));
+        usize::try_from(total).map_err(|_| NarError::TooLong { what, len, limit })
     }
 
     /// The string that `bytes` begin with: how many bytes it takes, and its value.
@@ -258,7 +263,7 @@ impl NarReader {
             return Ok(Some((8, &bytes[..8])));
         }
         let Some(token) = bytes.get(8..total) else { return Ok(None) };
-        let (value, pad) = token.split_at(value_len as usize);
+        let (value, pad) = split_at_most(token, value_len);
         if pad.iter().any(|byte| *byte != 0) {
             return Err(NarError::Padding);
         }
@@ -323,7 +328,13 @@ impl NarReader {
     }
 
     #[expect(clippy::unused_self, reason = "a step of the grammar, like its neighbours")]
-    fn word(&self, value: &[u8], word: &[u8], expected: &'static str, next: State) -> Result<State, NarError> {
+    fn word(
+        &self,
+        value: &[u8],
+        word: &[u8],
+        expected: &'static str,
+        next: State,
+    ) -> Result<State, NarError> {
         if value == word { Ok(next) } else { Err(unexpected(expected, value)) }
     }
 
@@ -541,7 +552,9 @@ mod tests {
 
     #[test]
     fn names_end_at_255_and_targets_at_4095() {
-        let name = |len| read(&text(&format!("( type directory entry ( name {} node {FILE} ) )", "n".repeat(len))), 64);
+        let name = |len| {
+            read(&text(&format!("( type directory entry ( name {} node {FILE} ) )", "n".repeat(len))), 64)
+        };
         assert!(name(255).is_ok());
         assert!(name(256).is_err());
         let target = |len| read(&text(&format!("( type symlink target {} )", "t".repeat(len))), 64);

@@ -9,7 +9,7 @@ use super::{MAGIC, padding};
 /// Names must rise strictly by bytes, and a file must get exactly the bytes it announced.
 pub struct NarWriter<W> {
     out: W,
-    padding: u64,
+    padding: usize,
 }
 
 impl<W: Write> NarWriter<W> {
@@ -52,7 +52,7 @@ impl<W: Write> NarWriter<W> {
             self.strings(&[b"executable", b""])?;
         }
         self.string(b"contents")?;
-        self.padding = padding(size);
+        self.padding = padding(size).into();
         self.out.write_all(&size.to_le_bytes())
     }
 
@@ -79,11 +79,11 @@ impl<W: Write> NarWriter<W> {
     fn string(&mut self, value: &[u8]) -> io::Result<()> {
         self.out.write_all(&(value.len() as u64).to_le_bytes())?;
         self.out.write_all(value)?;
-        self.padding = padding(value.len() as u64);
+        self.padding = padding(value.len() as u64).into();
         self.pad()
     }
 
     fn pad(&mut self) -> io::Result<()> {
-        self.out.write_all(&[0; 8][..self.padding as usize])
+        self.out.write_all(&[0; 8][..self.padding])
     }
 }

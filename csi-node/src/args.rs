@@ -1,0 +1,202 @@
+//! The command line.
+
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use nix_csi_proto::{DRIVER_NAME, References, System};
+use nix_csi_store::StorePath;
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::driver::{Driver, DriverOptions, substituter};
+use crate::mount;
+use crate::server::{Sockets, serve};
+use crate::store::{NodeStore, RootLock};
+use crate::substituter::{Closure, Progress};
+use crate::view::{self, ViewSpec};
+use crate::volume::Volumes;
+
+/// The node side of nix-csi.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub struct Args {
+    /// The directory of the node store, of its views and its volumes.
+    #[arg(long, global = true, env = "NIX_CSI_ROOT", default_value = "/var/lib/nix-csi")]
+    root: PathBuf,
+    /// Options as in nix.conf. Without it: Nix's defaults.
+    #[arg(long, global = true, env = "NIX_CSI_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the driver.
+    Serve(Serve),
+    /// Fetch closures into the store, without a cluster.
+    Fetch {
+        /// Store paths.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Build a view of store paths, fetching what is missing, and print where it is.
+    View {
+        /// Store paths, in the order in which their files win.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// List the volumes on this node, a JSON object a line. Only reads.
+    Volumes,
+}
+
+#[derive(Debug, clap::Args)]
+struct Serve {
+    /// The node's name.
+    #[arg(long, env = "KUBE_NODE_NAME")]
+    node_name: String,
+    /// Where to make the CSI socket.
+    #[arg(long, default_value = "/csi/csi.sock")]
+    csi_socket: PathBuf,
+    /// Kubelet's directory on the host; its `pods` must be mounted at the same place here.
+    #[arg(long, env = "KUBELET_DIR", default_value = "/var/lib/kubelet")]
+    kubelet_dir: PathBuf,
+    /// Where kubelet looks for plugins, as seen here. Without it the driver does not register.
+    #[arg(long)]
+    registration_dir: Option<PathBuf>,
+    /// Seconds a call waits for a fetch. Kubelet gives a call 120.
+    #[arg(long, default_value_t = 110)]
+    patience: u64,
+}
+
+/// Runs a command. Errors go to standard error, with the chain of their causes.
+pub fn run(args: Args) -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("NIX_CSI_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if matches!(args.command, Command::Serve(_)) {
+        log.json().flatten_event(true).init();
+    } else {
+        log.without_time().init();
+    }
+    // One provider for everything; a second call would only say that it is there already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match execute(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(args: Args) -> anyhow::Result<()> {
+    // What is restored gets its modes from the call that creates it.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    if let Command::Volumes = args.command {
+        return list_volumes(&args.root);
+    }
+    let config = match &args.config {
+        Some(path) => Config::read(path).with_context(|| format!("options in {}", path.display()))?,
+        None => Config::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match args.command {
+            Command::Serve(options) => serve_driver(&args.root, &config, options).await,
+            Command::Fetch { paths } => {
+                let (store, _lock) = open(&args.root, "nix-csi-node fetch")?;
+                let closure = fetch(&store, &config, &parse_paths(&paths)?).await?;
+                print_line(&serde_json::json!({ "paths": closure.paths.len(), "fetched": closure.fetched }));
+                Ok(())
+            }
+            Command::View { paths } => {
+                let (store, _lock) = open(&args.root, "nix-csi-node view")?;
+                let packages = parse_paths(&paths)?;
+                let closure = fetch(&store, &config, &packages).await?;
+                let spec = ViewSpec { packages, entrypoints: std::collections::BTreeMap::default() };
+                print_line(&view::build(&store, &spec, &closure.paths)?.display());
+                Ok(())
+            }
+            Command::Volumes => Ok(()),
+        }
+    })
+}
+
+#[expect(clippy::print_stdout, reason = "the one result of a command")]
+fn print_line(line: &dyn std::fmt::Display) {
+    println!("{line}");
+}
+
+fn open(root: &Path, who: &str) -> anyhow::Result<(Arc<NodeStore>, RootLock)> {
+    let lock = RootLock::acquire(root, who)?;
+    Ok((Arc::new(NodeStore::open(root)?), lock))
+}
+
+fn parse_paths(paths: &[String]) -> anyhow::Result<Vec<StorePath>> {
+    let references = References::parse(&paths.join("\n"))?;
+    Ok(references.items().iter().map(|item| item.reference.path.clone()).collect())
+}
+
+async fn fetch(store: &Arc<NodeStore>, config: &Config, paths: &[StorePath]) -> anyhow::Result<Closure> {
+    let substituter = substituter(Arc::clone(store), config)?;
+    let (sender, mut progress) = watch::channel(Progress::default());
+    let shown = tokio::spawn(async move {
+        while std::io::stderr().is_terminal() && progress.changed().await.is_ok() {
+            eprint!("\r{}\x1b[K", *progress.borrow_and_update());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let fetched = substituter.fetch(paths, &sender).await;
+    drop(sender);
+    let _ = shown.await;
+    let store = Arc::clone(store);
+    tokio::task::spawn_blocking(move || store.empty_trash()).await??;
+    Ok(fetched?)
+}
+
+async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::Result<()> {
+    mount::probe().context("this kernel is too old for detached mounts: Linux 5.12 or newer is needed")?;
+    let (store, _lock) = open(root, "the driver (nix-csi-node serve)")?;
+    let substituter = substituter(Arc::clone(&store), config)?;
+    let driver = Driver::new(
+        store,
+        substituter,
+        DriverOptions {
+            node_name: options.node_name,
+            system: System::current(),
+            kubelet_dir: options.kubelet_dir.join("pods"),
+            patience: Duration::from_secs(options.patience),
+        },
+    );
+    driver.clear_leftovers();
+    let sockets = Sockets {
+        csi: options.csi_socket,
+        csi_on_host: options.kubelet_dir.join("plugins").join(DRIVER_NAME).join("csi.sock"),
+        registration: options.registration_dir.map(|dir| dir.join(format!("{DRIVER_NAME}-reg.sock"))),
+    };
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    Ok(serve(driver, &sockets, stop).await?)
+}
+
+fn list_volumes(root: &Path) -> anyhow::Result<()> {
+    for record in Volumes::at(root).list()? {
+        match record {
+            Ok(record) => print_line(&serde_json::to_string(&record)?),
+            Err(error) => tracing::warn!("{:#}", anyhow::Error::new(error)),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,238 @@
+//! The node's options: a `nix.conf`, with Nix's names, meanings and list syntax.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix_csi_store::{ParseKeyError, PublicKey, TrustedKeys};
+use reqwest::Url;
+
+/// Why the options cannot be used. The process stops: nothing is silently replaced by a default.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A line without `=`.
+    #[error("line {line}: expected `name = value`")]
+    Line {
+        /// Which line, from one.
+        line: usize,
+    },
+    /// A value that its option does not take.
+    #[error("line {line}, column {column}: `{option}`: {value:?} is not {expected}")]
+    Value {
+        /// Which line, from one.
+        line: usize,
+        /// Which character, from one.
+        column: usize,
+        /// The option.
+        option: String,
+        /// Its value.
+        value: String,
+        /// What it takes.
+        expected: &'static str,
+    },
+    /// A key that is none.
+    #[error("line {line}, column {column}: `{option}`")]
+    Key {
+        /// Which line, from one.
+        line: usize,
+        /// Which character, from one.
+        column: usize,
+        /// The option.
+        option: String,
+        /// What is wrong with it.
+        source: ParseKeyError,
+    },
+}
+
+/// The options of a node. Without a file: Nix's own defaults, but for `http-connections`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// `substituters`: asked in this order.
+    pub substituters: Vec<Url>,
+    /// `trusted-public-keys`.
+    pub trusted_public_keys: Vec<PublicKey>,
+    /// `require-sigs`.
+    pub require_sigs: bool,
+    /// `http-connections`: 64 here and 25 in Nix, because latency is what a cold start waits for.
+    pub http_connections: usize,
+    /// `connect-timeout`.
+    pub connect_timeout: Duration,
+    /// `stalled-download-timeout`.
+    pub stalled_download_timeout: Duration,
+    /// `download-attempts`.
+    pub download_attempts: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let key = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+        Self {
+            substituters: Url::parse("https://cache.nixos.org/").into_iter().collect(),
+            trusted_public_keys: key.parse().into_iter().collect(),
+            require_sigs: true,
+            http_connections: 64,
+            connect_timeout: Duration::from_secs(15),
+            stalled_download_timeout: Duration::from_secs(300),
+            download_attempts: 5,
+        }
+    }
+}
+
+/// One line, with what its errors need.
+struct Setting<'a> {
+    line: usize,
+    column: usize,
+    option: &'a str,
+    value: &'a str,
+}
+
+impl<'a> Setting<'a> {
+    fn bad(&self, value: &str, expected: &'static str) -> ConfigError {
+        ConfigError::Value {
+            line: self.line,
+            column: self.column,
+            option: self.option.to_owned(),
+            value: value.to_owned(),
+            expected,
+        }
+    }
+
+    fn words(&self) -> impl Iterator<Item = &'a str> {
+        self.value.split_ascii_whitespace()
+    }
+
+    fn number<N: std::str::FromStr>(&self) -> Result<N, ConfigError> {
+        self.value.parse().map_err(|_| self.bad(self.value, "a number"))
+    }
+
+    fn seconds(&self) -> Result<Duration, ConfigError> {
+        self.number().map(Duration::from_secs)
+    }
+
+    fn bool(&self) -> Result<bool, ConfigError> {
+        match self.value {
+            "true" | "yes" | "1" => Ok(true),
+            "false" | "no" | "0" => Ok(false),
+            value => Err(self.bad(value, "true or false")),
+        }
+    }
+
+    fn caches(&self) -> Result<Vec<Url>, ConfigError> {
+        self.words()
+            .map(|word| {
+                let url = Url::parse(word).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+                url.ok_or_else(|| self.bad(word, "the http or https address of a binary cache"))
+            })
+            .collect()
+    }
+
+    fn keys(&self) -> Result<Vec<PublicKey>, ConfigError> {
+        let key = |word: &str| {
+            word.parse().map_err(|source| ConfigError::Key {
+                line: self.line,
+                column: self.column,
+                option: self.option.to_owned(),
+                source,
+            })
+        };
+        self.words().map(key).collect()
+    }
+}
+
+impl Config {
+    /// Reads a file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let (config, unknown) = Self::parse(&text)?;
+        for option in unknown {
+            tracing::warn!(option, path = %path.display(), "this option means nothing to a node");
+        }
+        Ok(config)
+    }
+
+    /// Reads options over the defaults; also gives back the names of those that mean nothing here.
+    pub fn parse(text: &str) -> Result<(Self, Vec<String>), ConfigError> {
+        let mut config = Self::default();
+        let mut unknown = Vec::new();
+        for (n, full) in text.lines().enumerate() {
+            let line = full.split('#').next().unwrap_or_default();
+            if line.trim().is_empty() {
+                continue;
+            }
+            let (option, value) = line.split_once('=').ok_or(ConfigError::Line { line: n + 1 })?;
+            let before = option.len() + 1 + (value.len() - value.trim_start().len());
+            let setting = Setting {
+                line: n + 1,
+                column: line[..before].chars().count() + 1,
+                option: option.trim(),
+                value: value.trim(),
+            };
+            match setting.option {
+                "substituters" => config.substituters = setting.caches()?,
+                "extra-substituters" => config.substituters.extend(setting.caches()?),
+                "trusted-public-keys" => config.trusted_public_keys = setting.keys()?,
+                "extra-trusted-public-keys" => config.trusted_public_keys.extend(setting.keys()?),
+                "require-sigs" => config.require_sigs = setting.bool()?,
+                "http-connections" => config.http_connections = setting.number()?,
+                "connect-timeout" => config.connect_timeout = setting.seconds()?,
+                "stalled-download-timeout" => config.stalled_download_timeout = setting.seconds()?,
+                "download-attempts" => config.download_attempts = setting.number()?,
+                option => unknown.push(option.to_owned()),
+            }
+        }
+        Ok((config, unknown))
+    }
+
+    /// The keys, ready to verify with.
+    pub fn trusted_keys(&self) -> TrustedKeys {
+        self.trusted_public_keys.iter().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[test]
+    fn options_are_read_over_the_defaults() {
+        let text = "# a comment\n\nsubstituters = http://a/ https://b/x\nextra-trusted-public-keys =\nrequire-sigs = false # why\nhttp-connections = 8\nmax-jobs = 4\n";
+        let (config, unknown) = Config::parse(text).unwrap();
+        assert_eq!(
+            config.substituters.iter().map(Url::as_str).collect::<Vec<_>>(),
+            ["http://a/", "https://b/x"]
+        );
+        assert_eq!((config.require_sigs, config.http_connections), (false, 8));
+        assert_eq!(config.trusted_public_keys, Config::default().trusted_public_keys);
+        assert_eq!(unknown, ["max-jobs"]);
+    }
+
+    #[rstest]
+    #[case::no_equals("substituters", "line 1: expected `name = value`")]
+    #[case::not_a_cache(
+        "\nsubstituters =  s3://x",
+        "line 2, column 17: `substituters`: \"s3://x\" is not the http or https address of a binary cache"
+    )]
+    #[case::not_a_bool(
+        "require-sigs = maybe",
+        "line 1, column 16: `require-sigs`: \"maybe\" is not true or false"
+    )]
+    #[case::not_a_number(
+        "http-connections = -1",
+        "line 1, column 20: `http-connections`: \"-1\" is not a number"
+    )]
+    #[case::not_a_key("trusted-public-keys = abc", "line 1, column 23: `trusted-public-keys`")]
+    fn errors_name_line_and_column(#[case] text: &str, #[case] message: &str) {
+        assert_eq!(Config::parse(text).unwrap_err().to_string(), message);
+    }
+}

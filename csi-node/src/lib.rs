@@ -1,0 +1,26 @@
+//! The node side of nix-csi: a CSI driver that needs no Nix.
+//!
+//! Read [`publish`] first; it tells the story, and each of its steps is a module of its own.
+
+mod args;
+pub mod config;
+mod driver;
+mod identity;
+pub mod mount;
+mod node;
+mod ops;
+pub mod publish;
+mod registration;
+mod request;
+mod restore;
+mod server;
+pub mod store;
+pub mod substituter;
+pub mod view;
+pub mod volume;
+
+pub use args::{Args, run};
+pub use driver::{Driver, DriverOptions};
+pub use ops::Busy;
+pub use request::{PublishRequest, RequestError, UnpublishRequest};
+pub use server::{ServeError, Sockets, serve};

@@ -1,0 +1,126 @@
+//! The one place that knows the kernel's mounts.
+//!
+//! A mount is made detached, sealed, and only then attached: at no instant, in no mount namespace it
+//! propagates to, is it writable or open to setuid files. What is asked for is an enum, so that it can be
+//! answered by a helper process with more privileges than the rest of the driver.
+
+mod syscalls;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
+
+pub use syscalls::probe;
+
+/// Why something is not mounted as it should be. Nothing is left attached.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {op} {}", target.display())]
+pub struct MountError {
+    op: &'static str,
+    target: PathBuf,
+    source: io::Error,
+}
+
+/// What is to be at a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MountRequest {
+    /// The view itself, which nobody can write through this mount.
+    ReadOnly {
+        /// The view.
+        view: PathBuf,
+    },
+    /// The view below, and what the pod writes in a directory of its own.
+    ReadWrite {
+        /// The view.
+        view: PathBuf,
+        /// Where writes go.
+        upper: PathBuf,
+        /// overlayfs' own directory, beside `upper`.
+        work: PathBuf,
+    },
+}
+
+/// Mounts what is asked for at `target`, an existing empty directory.
+pub fn mount(request: &MountRequest, target: &Path) -> Result<(), MountError> {
+    match request {
+        MountRequest::ReadOnly { view } => bind_read_only(view, target),
+        MountRequest::ReadWrite { view, upper, work } => overlay(view, upper, work, target),
+    }
+}
+
+fn fail<E: Into<io::Error>>(op: &'static str, target: &Path) -> impl FnOnce(E) -> MountError {
+    move |source| MountError { op, target: target.into(), source: source.into() }
+}
+
+/// Shows `view` read-only. Shares its inodes with the node store, and so its page cache.
+fn bind_read_only(view: &Path, target: &Path) -> Result<(), MountError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, view, flags).map_err(fail("clone the view for", target))?;
+    syscalls::seal_read_only(&tree).map_err(fail("make read-only the mount for", target))?;
+    move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(fail("attach the mount at", target))
+}
+
+/// Shows `view` with `upper` over it.
+///
+/// The options are explicit, so that a kernel's defaults cannot change what an upper means: it may be
+/// mounted again after a reboot over a view that was built anew. No `volatile` for the same reason.
+fn overlay(view: &Path, upper: &Path, work: &Path, target: &Path) -> Result<(), MountError> {
+    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("make an overlay for", target))?;
+    for (key, value) in [
+        ("lowerdir", view.as_os_str()),
+        ("upperdir", upper.as_os_str()),
+        ("workdir", work.as_os_str()),
+        ("index", "off".as_ref()),
+        ("metacopy", "off".as_ref()),
+        ("redirect_dir", "off".as_ref()),
+        ("xino", "off".as_ref()),
+        ("source", "nix-csi".as_ref()),
+    ] {
+        fsconfig_set_string(&fs, key, value).map_err(fail("set up the overlay for", target))?;
+    }
+    fsconfig_create(&fs).map_err(fail("create the overlay for", target))?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        .map_err(fail("mount the overlay for", target))?;
+    move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(fail("attach the overlay at", target))
+}
+
+/// Whether something is mounted exactly here. A missing path is not a mount.
+///
+/// Asks the kernel for the attribute: comparing devices would miss a bind mount within one filesystem.
+pub fn is_mount_point(path: &Path) -> Result<bool, MountError> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    match rustix::fs::statx(CWD, path, flags, StatxFlags::empty()) {
+        Ok(statx) => Ok(statx.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(false),
+        Err(error) => Err(fail("look at", path)(error)),
+    }
+}
+
+/// Unmounts all that is mounted at `target` and removes the empty directory. Nothing there is well too.
+///
+/// Never recursive: behind the mount are the inodes of every other pod.
+pub fn unmount_and_remove(target: &Path) -> Result<(), MountError> {
+    while is_mount_point(target)? {
+        match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            // A container that is still ending, or a shell on the node: it keeps what it has open.
+            Err(rustix::io::Errno::BUSY) => {
+                rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
+                    .map_err(fail("detach", target))?;
+            }
+            Err(error) => return Err(fail("unmount", target)(error)),
+        }
+    }
+    match std::fs::remove_dir(target) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail("remove", target)(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,138 @@
+//! The sockets: CSI, and kubelet's registration.
+
+use std::fs;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use nix_csi_proto::csi::identity_server::IdentityServer;
+use nix_csi_proto::csi::node_server::NodeServer;
+use nix_csi_proto::registration::registration_server::RegistrationServer;
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::driver::Driver;
+use crate::registration::Registrar;
+
+/// Where the sockets are.
+#[derive(Debug, Clone)]
+pub struct Sockets {
+    /// The CSI socket.
+    pub csi: PathBuf,
+    /// The CSI socket, as kubelet on the host sees it.
+    pub csi_on_host: PathBuf,
+    /// The registration socket, in the directory that kubelet watches; none for use without kubelet.
+    pub registration: Option<PathBuf>,
+}
+
+/// Why the driver does not serve (any more).
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A socket cannot be made.
+    #[error("cannot listen on {}", path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A server ended.
+    #[error("serving {}", path.display())]
+    Serve {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: tonic::transport::Error,
+    },
+    /// Kubelet does not want this driver.
+    #[error("kubelet refused to register the driver: {0}")]
+    Refused(String),
+}
+
+/// Serves until `stop`. Calls under way are answered; the registration socket is gone first.
+pub async fn serve(
+    driver: Driver,
+    sockets: &Sockets,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let (stopping, stopped) = watch::channel(false);
+    let until = |mut stopped: watch::Receiver<bool>| async move {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    };
+    let (registered, mut status) = watch::channel(None);
+
+    // First the socket that kubelet will call, then the one by which it learns of it.
+    let csi = Server::builder()
+        .add_service(IdentityServer::new(driver.clone()))
+        .add_service(NodeServer::new(driver))
+        .serve_with_incoming_shutdown(listen(&sockets.csi)?, until(stopped.clone()));
+    let registration = async {
+        let Some(path) = &sockets.registration else {
+            until(stopped.clone()).await;
+            return Ok(());
+        };
+        let registrar = Registrar { endpoint: sockets.csi_on_host.display().to_string(), registered };
+        Server::builder()
+            .add_service(RegistrationServer::new(registrar))
+            .serve_with_incoming_shutdown(listen(path)?, until(stopped.clone()))
+            .await
+            .map_err(|source| ServeError::Serve { path: path.clone(), source })
+    };
+    let refused = async {
+        loop {
+            if status.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            match status.borrow_and_update().clone() {
+                Some(Ok(())) => tracing::info!("registered with kubelet"),
+                // Ending is how the next try comes about: it makes a new socket for kubelet to find.
+                Some(Err(error)) => return ServeError::Refused(error),
+                None => {}
+            }
+        }
+    };
+    let serving = async {
+        tokio::try_join!(
+            async { csi.await.map_err(|source| ServeError::Serve { path: sockets.csi.clone(), source }) },
+            registration,
+        )
+    };
+    tracing::info!(socket = %sockets.csi.display(), "serving");
+    let mut serving = std::pin::pin!(serving);
+    let ended = tokio::select! {
+        ended = &mut serving => ended.map(drop),
+        refused = refused => Err(refused),
+        () = stop => {
+            tracing::info!("stopping");
+            if let Some(path) = &sockets.registration {
+                let _ = fs::remove_file(path);
+            }
+            stopping.send_replace(true);
+            serving.await.map(drop)
+        }
+    };
+    for path in sockets.registration.iter().chain([&sockets.csi]) {
+        let _ = fs::remove_file(path);
+    }
+    ended
+}
+
+/// A socket that only its owner may use, in place of one that an earlier process left.
+fn listen(path: &Path) -> Result<UnixListenerStream, ServeError> {
+    let make = || {
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        Ok(UnixListenerStream::new(listener))
+    };
+    make().map_err(|source| ServeError::Listen { path: path.into(), source })
+}

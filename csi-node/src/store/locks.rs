@@ -1,0 +1,55 @@
+//! Nix's lock files beside store paths, so that a real Nix and this program never write one path together.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix_csi_store::StorePath;
+use rustix::fs::FlockOperation;
+
+use super::layout::Layout;
+
+/// Locks of several paths; all are free again when this is dropped.
+pub(super) struct PathLocks {
+    held: Vec<(PathBuf, File)>,
+}
+
+impl PathLocks {
+    /// Waits until every lock is ours. Sorted, as Nix takes them: no two processes can wait for each other.
+    pub(super) fn acquire(layout: &Layout, paths: &[StorePath]) -> io::Result<Self> {
+        let mut sorted: Vec<_> = paths.iter().collect();
+        sorted.sort_unstable();
+        let mut locks = Self { held: Vec::with_capacity(sorted.len()) };
+        for path in sorted {
+            let mut file = layout.physical(path).into_os_string();
+            file.push(".lock");
+            let file = PathBuf::from(file);
+            let lock = lock_fresh(&file, FlockOperation::LockExclusive)?;
+            locks.held.push((file, lock));
+        }
+        Ok(locks)
+    }
+}
+
+impl Drop for PathLocks {
+    fn drop(&mut self) {
+        for (path, file) in &self.held {
+            // Whoever waits for this file sees that it is not empty, and begins anew with another.
+            let _ = fs::remove_file(path);
+            let _ = io::Write::write_all(&mut &*file, b"d");
+        }
+    }
+}
+
+/// Opens and locks a lock file that its last holder did not give up: those are unlinked and not empty.
+pub(super) fn lock_fresh(path: &Path, operation: FlockOperation) -> io::Result<File> {
+    loop {
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        rustix::fs::flock(&file, operation)?;
+        if file.metadata()?.size() == 0 {
+            return Ok(file);
+        }
+    }
+}

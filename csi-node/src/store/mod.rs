@@ -1,0 +1,225 @@
+//! The node store: a real Nix store under a directory of the host, written without Nix.
+//!
+//! ```text
+//! <root>/format                     integer, see [`layout`]
+//! <root>/lock                       held by the one process that writes
+//! <root>/nix/store/<hash>-<name>    sealed: 0444 or 0555, mtime 1
+//! <root>/nix/var/nix/db/db.sqlite   what is valid: Nix's schema, Nix's locks
+//! <root>/nix/var/nix/gcroots/nix-csi/<view>/<n>
+//! <root>/staging/<fetch>            paths are restored here: a real GC deletes strangers in the store
+//! <root>/views/<view>, <root>/volumes/<volume>, <root>/trash
+//! ```
+//! **Invariant:** a path is in the database only after every byte of it was verified and is in its place.
+//! **Invariant:** paths in the database and in roots are logical (`/nix/store/…`), never `<root>/…`.
+
+mod db;
+mod layout;
+mod locks;
+mod roots;
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix_csi_store::StorePath;
+
+pub use db::{DatabaseError, PathInfo};
+pub use layout::{Layout, OpenError, RootLock};
+pub use roots::TempRoots;
+
+use db::Database;
+
+/// Why restored paths could not be made part of the store.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// A system call on the store failed.
+    #[error("cannot {op} {}", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The database would not take it.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+}
+
+/// A path that was restored and verified, and waits to be moved into the store.
+#[derive(Debug)]
+pub struct Staged {
+    /// What will be registered.
+    pub info: PathInfo,
+    /// Where it is.
+    pub at: PathBuf,
+}
+
+/// The store of one node. All of it blocks, none of it for long.
+pub struct NodeStore {
+    layout: Layout,
+    db: Database,
+    names: AtomicU64,
+}
+
+impl NodeStore {
+    /// Opens the store under `root`, making what is missing.
+    pub fn open(root: &Path) -> Result<Self, OpenError> {
+        let layout = Layout::open(root)?;
+        let db = Database::open(&layout)?;
+        Ok(Self { layout, db, names: AtomicU64::new(0) })
+    }
+
+    /// Where things are.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// A new, empty directory for a fetch.
+    pub fn staging(&self) -> io::Result<PathBuf> {
+        let dir = self.layout.staging().join(self.fresh_name());
+        fs::create_dir(&dir)?;
+        Ok(dir)
+    }
+
+    /// A name that no other call of this process gets, and that an earlier process did not leave behind.
+    pub fn fresh_name(&self) -> String {
+        let n = self.names.fetch_add(1, Ordering::Relaxed);
+        format!("{}-{n}", std::process::id())
+    }
+
+    /// Keeps `paths` from any collector, then says which of them are valid. In this order, and no other.
+    pub fn pin(
+        &self,
+        roots: &mut TempRoots,
+        paths: &[StorePath],
+    ) -> Result<HashSet<StorePath>, RegisterError> {
+        let at = self.layout.temp_roots();
+        roots.add(paths).map_err(|source| RegisterError::Io { op: "write", path: at, source })?;
+        Ok(self.db.valid(paths)?)
+    }
+
+    /// New temporary roots; they hold as long as the value lives.
+    pub fn temp_roots(&self) -> Result<TempRoots, RegisterError> {
+        TempRoots::create(&self.layout).map_err(|source| RegisterError::Io {
+            op: "create a temporary root in",
+            path: self.layout.temp_roots(),
+            source,
+        })
+    }
+
+    /// All that `roots` refer to, themselves included, sorted; `None` if one of them is not valid.
+    pub fn closure(&self, roots: &[StorePath]) -> Result<Option<Vec<StorePath>>, DatabaseError> {
+        if self.db.valid(roots)?.len() < roots.len() {
+            return Ok(None);
+        }
+        self.db.closure(roots).map(Some)
+    }
+
+    /// How many paths are valid.
+    pub fn len(&self) -> Result<u64, DatabaseError> {
+        self.db.len()
+    }
+
+    /// Whether no path is valid.
+    pub fn is_empty(&self) -> Result<bool, DatabaseError> {
+        self.len().map(|len| len == 0)
+    }
+
+    /// Moves restored paths into the store and registers them, in one transaction.
+    ///
+    /// All references must be valid already or among `staged`, and temporary roots must hold them all.
+    /// Whatever another process registered in the meantime stays as it is. On error nothing of `staged`
+    /// is registered; what was moved already is cleared away by the next try.
+    pub fn register(&self, staged: &[Staged]) -> Result<(), RegisterError> {
+        let io = |op, path: &Path| {
+            let path = path.to_owned();
+            move |source| RegisterError::Io { op, path, source }
+        };
+        let paths: Vec<_> = staged.iter().map(|staged| staged.info.path.clone()).collect();
+        let _locks = locks::PathLocks::acquire(&self.layout, &paths)
+            .map_err(io("lock paths in", &self.layout.store_dir()))?;
+        let valid = self.db.valid(&paths)?;
+        let mut fresh = Vec::with_capacity(staged.len());
+        for Staged { info, at } in staged.iter().filter(|staged| !valid.contains(&staged.info.path)) {
+            let target = self.layout.physical(&info.path);
+            if fs::symlink_metadata(&target).is_ok() {
+                // Left by somebody who was interrupted before registering it.
+                self.discard(&target).map_err(io("clear away", &target))?;
+            }
+            fs::rename(at, &target).map_err(io("move into place", &target))?;
+            seal_top(&target).map_err(io("seal", &target))?;
+            fresh.push(info);
+        }
+        Ok(self.db.register(&fresh)?)
+    }
+
+    /// Writes the permanent roots of a view, which a real collector honours too.
+    pub fn add_roots(&self, view: &str, paths: &[StorePath]) -> io::Result<()> {
+        roots::add_permanent(&self.layout, view, paths)
+    }
+
+    /// Removes the roots of a view that is not there any more.
+    pub fn remove_roots(&self, view: &str) -> io::Result<()> {
+        roots::remove_permanent(&self.layout, view)
+    }
+
+    /// Takes `path` out of the way at once; it is unlinked by [`NodeStore::empty_trash`].
+    pub fn discard(&self, path: &Path) -> io::Result<()> {
+        // A directory can only change its parent while it is writable to its owner.
+        if fs::symlink_metadata(path)?.is_dir() {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+        }
+        fs::rename(path, self.layout.trash().join(self.fresh_name()))
+    }
+
+    /// Discards what a process that was killed left: half fetched paths and half built views.
+    ///
+    /// Only the holder of the root's lock may do it, and only before it begins to work.
+    pub fn clear_leftovers(&self) -> io::Result<()> {
+        for dir in [self.layout.staging(), self.layout.views()] {
+            for entry in fs::read_dir(dir)? {
+                let entry = entry?;
+                let whole_view = entry.path().starts_with(self.layout.views())
+                    && !entry.file_name().as_encoded_bytes().starts_with(b".");
+                if !whole_view {
+                    self.discard(&entry.path())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes what was discarded. Slow for large trees; nothing waits for it.
+    pub fn empty_trash(&self) -> io::Result<()> {
+        for entry in fs::read_dir(self.layout.trash())? {
+            let path = entry?.path();
+            let removed = if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+            // Somebody else may be emptying it too.
+            if let Err(error) = removed
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Seals the top of a restored path, which had to stay writable to be moved.
+fn seal_top(path: &Path) -> io::Result<()> {
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return Ok(());
+    }
+    let dir = fs::File::open(path)?;
+    rustix::fs::fchmod(&dir, rustix::fs::Mode::from_raw_mode(0o555))?;
+    Ok(rustix::fs::futimens(&dir, &crate::restore::STORE_TIME)?)
+}

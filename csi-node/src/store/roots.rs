@@ -1,0 +1,127 @@
+//! What keeps paths from a collector, ours or Nix's: temporary roots while something is being done with
+//! them, permanent ones as long as a view holds them.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, symlink};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix_csi_store::StorePath;
+use rustix::fs::FlockOperation;
+
+use super::layout::Layout;
+
+/// Nix reads every name in this directory as a number, and takes over the file of its own process id. So
+/// ours are numbers that no process can have.
+const FIRST_NAME: u32 = 2_000_000_000;
+
+/// Paths that no collector may delete while this lives.
+#[derive(Debug)]
+pub struct TempRoots {
+    path: PathBuf,
+    file: File,
+    gc_lock: PathBuf,
+    gc_socket: PathBuf,
+}
+
+impl TempRoots {
+    pub(super) fn create(layout: &Layout) -> io::Result<Self> {
+        let (path, file) = create_file(&layout.temp_roots())?;
+        Ok(Self {
+            path,
+            file,
+            gc_lock: layout.state_dir().join("gc.lock"),
+            gc_socket: layout.state_dir().join("gc-socket/socket"),
+        })
+    }
+
+    /// From when this returns, `paths` are safe, whether they are valid or will be.
+    pub(super) fn add(&mut self, paths: &[StorePath]) -> io::Result<()> {
+        let gc_lock = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&self.gc_lock)?;
+        let mut lines = Vec::new();
+        for path in paths {
+            lines.extend_from_slice(path.to_string().as_bytes());
+            lines.push(0);
+        }
+        loop {
+            match rustix::fs::flock(&gc_lock, FlockOperation::NonBlockingLockShared) {
+                // No collector runs. The next one will read the file.
+                Ok(()) => return self.file.write_all(&lines),
+                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(error.into()),
+            }
+            // One runs, and has read the file already: tell it, and it will spare them.
+            match self.tell_collector(paths) {
+                Ok(()) => return self.file.write_all(&lines),
+                // It ended, or has not begun to listen.
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+
+    fn tell_collector(&self, paths: &[StorePath]) -> io::Result<()> {
+        let mut socket = UnixStream::connect(&self.gc_socket)?;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+        for path in paths {
+            socket.write_all(format!("{path}\n").as_bytes())?;
+            let mut answer = [0];
+            socket.read_exact(&mut answer)?;
+            if answer != *b"1" {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "the collector refused a root"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for TempRoots {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn create_file(dir: &Path) -> io::Result<(PathBuf, File)> {
+    let mut name = FIRST_NAME;
+    loop {
+        let path = dir.join(name.to_string());
+        match File::options().write(true).append(true).create_new(true).mode(0o600).open(&path) {
+            Ok(file) => {
+                rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+                // A collector that came between found it free, marked it and unlinked it.
+                if file.metadata()?.size() == 0 {
+                    return Ok((path, file));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => name += 1,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// `gcroots/nix-csi/<view>/<n>`: symlinks to logical paths. A physical one would silently not count.
+pub(super) fn add_permanent(layout: &Layout, view: &str, paths: &[StorePath]) -> io::Result<()> {
+    let dir = layout.view_roots().join(view);
+    fs::create_dir_all(&dir)?;
+    for (n, path) in paths.iter().enumerate() {
+        match symlink(path.to_string(), dir.join(n.to_string())) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn remove_permanent(layout: &Layout, view: &str) -> io::Result<()> {
+    match fs::remove_dir_all(layout.view_roots().join(view)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,207 @@
+//! What can go wrong between a cache and the store. Every message names path and cache.
+
+use std::io;
+use std::sync::Arc;
+
+use nix_csi_store::nar::NarError;
+use nix_csi_store::{NarHash, ParseNarInfoError, SignatureError, StorePath};
+
+use crate::store::{DatabaseError, RegisterError};
+
+/// Why a cache did not give what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// No answer: refused, reset, timed out, no such name.
+    #[error("no answer from {url}")]
+    Unreachable {
+        /// What was asked for.
+        url: String,
+        /// What went wrong.
+        source: reqwest::Error,
+    },
+    /// An answer that does not help.
+    #[error("{url} answered {status}")]
+    Status {
+        /// What was asked for.
+        url: String,
+        /// The answer.
+        status: reqwest::StatusCode,
+    },
+    /// The cache wants other credentials, or any.
+    #[error("{url} answered {status}: the cache does not accept this node's credentials")]
+    Unauthorized {
+        /// What was asked for.
+        url: String,
+        /// The answer.
+        status: reqwest::StatusCode,
+    },
+    /// Longer than any narinfo.
+    #[error("{url} answered with more than {limit} bytes")]
+    TooLong {
+        /// What was asked for.
+        url: String,
+        /// The most that is read.
+        limit: usize,
+    },
+    /// Not a narinfo.
+    #[error("{url} is not a valid narinfo")]
+    NarInfo {
+        /// What was asked for.
+        url: String,
+        /// What is wrong with it.
+        source: ParseNarInfoError,
+    },
+    /// A narinfo of something else.
+    #[error("{url} is about {found}, not about the path it was asked for")]
+    OtherPath {
+        /// What was asked for.
+        url: String,
+        /// What it is about.
+        found: StorePath,
+    },
+    /// A NAR's address that cannot be one.
+    #[error("{url:?} of the narinfo is not an address below the cache or on http(s)")]
+    NarUrl {
+        /// What stands there.
+        url: String,
+    },
+}
+
+impl CacheError {
+    /// Whether the same question may get another answer later.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Status { status, .. } => {
+                status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
+            }
+            Self::Unauthorized { .. }
+            | Self::TooLong { .. }
+            | Self::NarInfo { .. }
+            | Self::OtherPath { .. }
+            | Self::NarUrl { .. } => false,
+        }
+    }
+}
+
+/// Why a closure did not arrive.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// Every cache said that it does not have it.
+    #[error("no cache has {path} (asked: {caches}); is it pushed, and is the path right?")]
+    NotFound {
+        /// What is missing.
+        path: StorePath,
+        /// Who was asked.
+        caches: String,
+    },
+    /// A cache has something, but not a narinfo that can be used.
+    #[error("cannot ask for {path}")]
+    Lookup {
+        /// What was asked for.
+        path: StorePath,
+        /// What the cache said.
+        source: CacheError,
+    },
+    /// No trusted signature.
+    #[error("{path} from {cache} is not trusted")]
+    Untrusted {
+        /// The path.
+        path: StorePath,
+        /// Who offers it.
+        cache: String,
+        /// What is wrong with its signatures.
+        source: SignatureError,
+    },
+    /// The transfer failed.
+    #[error("cannot download {path} from {cache}")]
+    Download {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// What went wrong.
+        source: CacheError,
+    },
+    /// What came cannot be decompressed.
+    #[error("cannot decompress {path} from {cache}")]
+    Decode {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// What the decoder said.
+        source: io::Error,
+    },
+    /// What came is not a NAR.
+    #[error("{path} from {cache} is not a valid NAR")]
+    Nar {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// What is wrong with it.
+        source: NarError,
+    },
+    /// Another number of bytes than was signed.
+    #[error("{path} from {cache} does not have the {expected} bytes that were signed")]
+    Size {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// How many there should be.
+        expected: u64,
+    },
+    /// Other bytes than were signed.
+    #[error("{path} from {cache} has hash {found}, signed was {expected}")]
+    Hash {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// What was signed.
+        expected: NarHash,
+        /// What came.
+        found: NarHash,
+    },
+    /// The disk did not take it.
+    #[error("cannot restore {path}")]
+    Restore {
+        /// The path.
+        path: StorePath,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No directory to restore into.
+    #[error("cannot make a staging directory")]
+    Staging(#[source] io::Error),
+    /// The store did not take it.
+    #[error("cannot register the closure")]
+    Register(#[from] RegisterError),
+    /// The store did not answer.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    /// More than a node should be asked for.
+    #[error("the closure has more than {limit} paths")]
+    TooManyPaths {
+        /// The most.
+        limit: usize,
+    },
+    /// The work was ended from outside.
+    #[error("the fetch was stopped before it was complete")]
+    Stopped,
+    /// Another call's fetch of the same paths failed.
+    #[error(transparent)]
+    Shared(Arc<FetchError>),
+}
+
+impl FetchError {
+    /// The error itself, whoever's fetch it was.
+    pub fn root(&self) -> &Self {
+        match self {
+            Self::Shared(error) => error.root(),
+            error => error,
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! A *view*: what a pod sees at `/nix`, hard-linked out of the node store, shared by all who ask for the same.
+//!
+//! ```text
+//! views/<id>/store/<hash>-<name>     linked: one inode with the node store, for the closure and nothing else
+//! views/<id>/var/result              the package, or all of them merged
+//! views/<id>/var/entry/<container>   link to what a container without a command runs
+//! views/<id>/nix -> .                for pods that mount with `subPath: nix`
+//! ```
+//! **Invariant:** a view appears by one rename, whole. What is half built has another name.
+//! **Invariant:** a view never outlives its roots, and nothing here writes through a link.
+
+mod entry;
+mod link;
+mod profile;
+mod spec;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use nix_csi_store::StorePath;
+
+pub use entry::EntryError;
+pub use spec::{ViewId, ViewSpec};
+
+use crate::store::NodeStore;
+
+/// Why a view could not be built. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// A system call failed.
+    #[error("cannot {op} {}", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A container's entry point cannot be chosen.
+    #[error(transparent)]
+    Entry(#[from] EntryError),
+}
+
+/// Where the view of `id` is, if it is built.
+pub fn find(store: &NodeStore, id: &ViewId) -> Option<PathBuf> {
+    let path = store.layout().views().join(id.as_str());
+    path.is_dir().then_some(path)
+}
+
+/// Builds the view of `spec` over `closure`, unless it is there.
+///
+/// Somebody must keep `closure` from collectors until this returns; from then on the view does.
+pub fn build(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath]) -> Result<PathBuf, ViewError> {
+    let id = spec.id();
+    if let Some(path) = find(store, &id) {
+        return Ok(path);
+    }
+    let views = store.layout().views();
+    let beside = views.join(format!(".{}-{}", id.as_str(), store.fresh_name()));
+    let path = views.join(id.as_str());
+    let built = build_at(store, spec, closure, &beside).and_then(|()| match fs::rename(&beside, &path) {
+        Err(source) if !path.is_dir() => {
+            Err(ViewError::Io { op: "move into place", path: path.clone(), source })
+        }
+        // Another process may have been faster: then ours is cleared away below.
+        _ => Ok(()),
+    });
+    if beside.exists() {
+        let _ = store.discard(&beside);
+    }
+    if built.is_err() && find(store, &id).is_none() {
+        let _ = store.remove_roots(id.as_str());
+    }
+    built.map(|()| path)
+}
+
+fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path) -> Result<(), ViewError> {
+    let io = |op, path: &Path| {
+        let path = path.to_owned();
+        move |source| ViewError::Io { op, path, source }
+    };
+    store.add_roots(spec.id().as_str(), &spec.packages).map_err(io("write the roots of", at))?;
+    for dir in [at.to_owned(), at.join("store"), at.join("var"), at.join("var/entry")] {
+        fs::create_dir(&dir).map_err(io("create", &dir))?;
+    }
+    symlink(".", at.join("nix")).map_err(io("link", &at.join("nix")))?;
+    link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
+    profile::build(store.layout(), &spec.packages, &at.join("var/result"))?;
+    for (container, entrypoint) in &spec.entrypoints {
+        let program = entry::find(store.layout(), &spec.packages, container, entrypoint)?;
+        let link = at.join("var/entry").join(container);
+        symlink(program, &link).map_err(io("link", &link))?;
+    }
+    Ok(())
+}

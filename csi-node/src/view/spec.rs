@@ -1,0 +1,76 @@
+//! What a view is made of, and the name that follows from it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use nix_csi_proto::volume::Entrypoint;
+use nix_csi_store::{StorePath, encode_base32};
+use ring::digest::{SHA256, digest};
+
+/// Changes when the same spec would give another tree.
+const FORMAT: u32 = 1;
+
+/// Everything that changes a byte of the tree, and nothing else: not the pod, not read-only or read-write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ViewSpec {
+    /// The packages of the profile, in their order.
+    pub packages: Vec<StorePath>,
+    /// Entry points by container.
+    pub entrypoints: BTreeMap<String, Entrypoint>,
+}
+
+/// The name of a view: the hash of its spec.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ViewId(String);
+
+impl ViewId {
+    /// The name as a directory.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ViewId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl ViewSpec {
+    /// SHA-256 of the spec in one canonical form.
+    pub fn id(&self) -> ViewId {
+        let packages: Vec<_> = self.packages.iter().map(StorePath::base_name).collect();
+        // The keys of both maps come sorted, so the text is the same every time.
+        let canonical = serde_json::json!({
+            "format": FORMAT,
+            "packages": packages,
+            "entrypoints": self.entrypoints,
+        });
+        ViewId(encode_base32(digest(&SHA256, canonical.to_string().as_bytes()).as_ref()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(packages: &[&str]) -> ViewSpec {
+        let path = |c: &&str| StorePath::from_base_name(&format!("{}-x", c.repeat(32))).unwrap();
+        ViewSpec { packages: packages.iter().map(path).collect(), entrypoints: BTreeMap::new() }
+    }
+
+    /// A changed id makes every node build every view again: that has to be meant.
+    #[test]
+    fn the_id_is_stable() {
+        assert_eq!(spec(&["a", "b"]).id().as_str(), "0icvkj9l7xdpzjpck8nn49iwznrnz3zk8cvwbsv2qgf7ln38ksgd");
+    }
+
+    #[test]
+    fn order_and_entry_points_make_another_view() {
+        let plain = spec(&["a", "b"]);
+        let mut entry = plain.clone();
+        entry.entrypoints.insert("c".into(), Entrypoint::Auto);
+        assert_ne!(plain.id(), spec(&["b", "a"]).id());
+        assert_ne!(plain.id(), entry.id());
+    }
+}

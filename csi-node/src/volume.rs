@@ -1,0 +1,231 @@
+//! Volumes: what the node wrote down about each, and the directory a read-write one writes into.
+//!
+//! ```text
+//! volumes/<volume id>/record.json   written before the mount, removed last
+//! volumes/<volume id>/{upper,work}  read-write volumes
+//! ```
+//! **Invariant:** whatever is mounted has a record, so a crash at any point leaves something to find it by.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::store::NodeStore;
+
+/// A volume id that can be the name of a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumeId(String);
+
+/// Not an id that kubelet would give.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is not a volume id: expected up to 128 letters, digits, `-`, `_` and `.`, not beginning with `.`"
+)]
+pub struct ParseVolumeIdError(String);
+
+impl FromStr for VolumeId {
+    type Err = ParseVolumeIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseVolumeIdError> {
+        let good = !text.is_empty()
+            && text.len() <= 128
+            && !text.starts_with('.')
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if good {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(ParseVolumeIdError(text.chars().take(200).collect()))
+        }
+    }
+}
+
+impl TryFrom<String> for VolumeId {
+    type Error = ParseVolumeIdError;
+
+    fn try_from(text: String) -> Result<Self, ParseVolumeIdError> {
+        text.parse()
+    }
+}
+
+impl From<VolumeId> for String {
+    fn from(id: VolumeId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Whether the pod can write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The view itself.
+    ReadOnly,
+    /// An overlay over it.
+    ReadWrite,
+}
+
+/// The pod a volume is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+}
+
+/// What the node wrote down about a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Where it is mounted, or about to be.
+    pub target: PathBuf,
+    /// The view that it shows.
+    pub view: String,
+    /// Whether the pod can write.
+    pub mode: Mode,
+    /// Whose it is.
+    pub pod: Pod,
+}
+
+/// Why a record is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// A system call failed.
+    #[error("cannot {op} {}", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Somebody damaged it.
+    #[error("{} is not a volume record; delete it once nothing is mounted there", path.display())]
+    Damaged {
+        /// The record.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+fn io(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError + use<> {
+    let path = path.to_owned();
+    move |source| VolumeError::Io { op, path, source }
+}
+
+/// The volumes of a node store.
+#[derive(Clone)]
+pub struct Volumes {
+    dir: PathBuf,
+}
+
+impl Volumes {
+    /// The volumes of `store`.
+    pub fn new(store: &NodeStore) -> Self {
+        Self { dir: store.layout().volumes() }
+    }
+
+    /// The volumes under the root of a store that somebody else may have open.
+    pub fn at(root: &Path) -> Self {
+        Self { dir: root.join("volumes") }
+    }
+
+    fn volume(&self, id: &VolumeId) -> PathBuf {
+        self.dir.join(&id.0)
+    }
+
+    /// Where a read-write volume's own files are: `upper` and `work`.
+    pub fn upper_and_work(&self, id: &VolumeId) -> (PathBuf, PathBuf) {
+        let dir = self.volume(id);
+        (dir.join("upper"), dir.join("work"))
+    }
+
+    /// What is written down about `id`.
+    pub fn read(&self, id: &VolumeId) -> Result<Option<Record>, VolumeError> {
+        let path = self.volume(id).join("record.json");
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|source| VolumeError::Damaged { path, source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io("read", &path)(error)),
+        }
+    }
+
+    /// Writes `record`, and makes what its mode needs. An upper that is there keeps its files.
+    pub fn write(&self, record: &Record) -> Result<(), VolumeError> {
+        let dir = self.volume(&record.volume);
+        make_dir(&dir, 0o700)?;
+        if record.mode == Mode::ReadWrite {
+            let (upper, work) = self.upper_and_work(&record.volume);
+            // The root of the overlay shows the upper's mode: a pod of any user must get through.
+            make_dir(&upper, 0o755)?;
+            make_dir(&work, 0o700)?;
+        }
+        let (path, beside) = (dir.join("record.json"), dir.join(".record.json"));
+        let text = serde_json::to_vec(record).map_err(|e| io("write", &path)(e.into()))?;
+        fs::write(&beside, text).and_then(|()| fs::rename(&beside, &path)).map_err(io("write", &path))
+    }
+
+    /// Forgets `id` and deletes its own files, by way of the trash. Unknown is well too.
+    pub fn remove(&self, store: &NodeStore, id: &VolumeId) -> Result<(), VolumeError> {
+        let dir = self.volume(id);
+        match store.discard(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", &dir)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Every volume that is written down. One that cannot be read is an error of its own, not of the list.
+    pub fn list(&self) -> Result<Vec<Result<Record, VolumeError>>, VolumeError> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io("read", &self.dir)(error)),
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(io("read", &self.dir))?.file_name();
+            let Some(id) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            records.extend(self.read(&id).transpose());
+        }
+        Ok(records)
+    }
+}
+
+fn make_dir(dir: &Path, mode: u32) -> Result<(), VolumeError> {
+    match fs::DirBuilder::new().mode(mode).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io("create", dir)(error)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_one_component() {
+        let kubelet = format!("csi-{}", "0f".repeat(32));
+        assert!(kubelet.parse::<VolumeId>().is_ok());
+        for bad in ["", ".", "..", "../x", "a/b", "a\0b", ".hidden", &"a".repeat(129), "ä"] {
+            assert!(bad.parse::<VolumeId>().is_err(), "{bad:?}");
+        }
+    }
+}

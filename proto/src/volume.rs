@@ -1,0 +1,223 @@
+//! `volumeAttributes` of a CSI volume: written by the webhook or by hand, read by the node.
+
+use std::collections::BTreeMap;
+
+use nix_csi_store::StorePath;
+
+use crate::references::{ParseReferencesError, References};
+use crate::system::System;
+
+/// Store paths for nodes of any system.
+pub const PATHS: &str = "paths";
+/// What the first part of `entrypoint.<container>` is.
+pub const ENTRYPOINT: &str = "entrypoint";
+/// The value of an entry point that the node is to find by itself.
+pub const ENTRYPOINT_AUTO: &str = "auto";
+/// Where the link to a container's entry point is, as the container sees it.
+pub const ENTRY_DIR: &str = "/nix/var/entry";
+/// The merged packages, as the container sees them.
+pub const RESULT: &str = "/nix/var/result";
+
+/// What kubelet adds, over whatever the pod's author wrote under these names.
+pub const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
+/// The pod's name.
+pub const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
+/// The pod's namespace.
+pub const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
+/// The pod's uid.
+pub const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
+/// `true` for an inline volume.
+pub const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
+
+/// Keys of the upstream project that ask a node to evaluate or build.
+const EVALUATED: [&str; 4] = ["flakeRef", "nixExpr", "expression", "expr"];
+
+/// Why volume attributes cannot be served.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParseAttributesError {
+    /// A list of references that cannot be read.
+    #[error("volume attribute `{key}`: {source}")]
+    References {
+        /// The attribute.
+        key: String,
+        /// What is wrong with it.
+        source: ParseReferencesError,
+    },
+    /// A value that its attribute does not take.
+    #[error("volume attribute `{key}`: {value:?} is not {expected}")]
+    Value {
+        /// The attribute.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What it takes.
+        expected: &'static str,
+    },
+    /// An attribute that asks a node to evaluate Nix.
+    #[error(
+        "volume attribute `{0}` asks the node to evaluate Nix, which it never does; \
+         build the package elsewhere, push it to a binary cache and name its store path in `paths`"
+    )]
+    Evaluated(String),
+    /// An attribute that this node does not know.
+    #[error(
+        "volume attribute `{0}` is not known here; check its spelling, or upgrade the node driver on this node"
+    )]
+    Unknown(String),
+    /// No attribute names a store path.
+    #[error("no volume attribute names a store path; set `paths`")]
+    NoPaths,
+    /// Paths, but only for other systems.
+    #[error("this node is {node}, and the volume has paths only for {}", .present.join(", "))]
+    OtherSystem {
+        /// The node's system.
+        node: System,
+        /// Systems that there are paths for.
+        present: Vec<String>,
+    },
+}
+
+/// What a container without a command runs.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Entrypoint {
+    /// The first package's only program, or the one named like the package.
+    Auto,
+    /// A program of the packages: `hello`, or below the first package: `bin/hello`.
+    Program(String),
+}
+
+/// The attributes of one volume, for a node of one system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeAttributes {
+    /// The packages, in their order: earlier ones win where two have the same file.
+    pub paths: Vec<StorePath>,
+    /// Entry points by container.
+    pub entrypoints: BTreeMap<String, Entrypoint>,
+}
+
+impl VolumeAttributes {
+    /// Reads the attributes as a node of `system` must; kubelet's own keys are skipped.
+    pub fn parse<'a>(
+        attributes: impl IntoIterator<Item = (&'a str, &'a str)>,
+        system: System,
+    ) -> Result<Self, ParseAttributesError> {
+        let mut lists = BTreeMap::new();
+        let mut entrypoints = BTreeMap::new();
+        for (key, value) in attributes {
+            if key.starts_with(KUBELET_PREFIX) {
+                continue;
+            }
+            if key == PATHS || key.parse::<System>().is_ok() {
+                lists.insert(key, value);
+            } else if let Some((ENTRYPOINT, container)) = key.split_once('.') {
+                entrypoints.insert(container.to_owned(), parse_entrypoint(key, container, value)?);
+            } else if EVALUATED.contains(&key) {
+                return Err(ParseAttributesError::Evaluated(key.to_owned()));
+            } else {
+                return Err(ParseAttributesError::Unknown(key.to_owned()));
+            }
+        }
+        let own = lists.get_key_value(system.as_str()).or_else(|| lists.get_key_value(PATHS));
+        let Some((key, value)) = own else {
+            let present: Vec<_> = lists.keys().map(ToString::to_string).collect();
+            return Err(if present.is_empty() {
+                ParseAttributesError::NoPaths
+            } else {
+                ParseAttributesError::OtherSystem { node: system, present }
+            });
+        };
+        let paths = parse_paths(key, value, system)?;
+        if paths.is_empty() {
+            return Err(ParseAttributesError::NoPaths);
+        }
+        Ok(Self { paths, entrypoints })
+    }
+}
+
+fn parse_paths(key: &str, value: &str, system: System) -> Result<Vec<StorePath>, ParseAttributesError> {
+    let references = References::parse(value)
+        .map_err(|source| ParseAttributesError::References { key: key.to_owned(), source })?;
+    let mut paths = Vec::new();
+    for item in references.items() {
+        let path = &item.reference.path;
+        if item.system.is_none_or(|of| of == system) && !paths.contains(path) {
+            paths.push(path.clone());
+        }
+    }
+    Ok(paths)
+}
+
+fn parse_entrypoint(key: &str, container: &str, value: &str) -> Result<Entrypoint, ParseAttributesError> {
+    let bad =
+        |expected| ParseAttributesError::Value { key: key.to_owned(), value: value.to_owned(), expected };
+    // Both become file names in the view.
+    let is_label = |text: &str| {
+        !text.is_empty() && text.len() <= 63 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    if !is_label(container) {
+        return Err(ParseAttributesError::Unknown(key.to_owned()));
+    }
+    if value == ENTRYPOINT_AUTO {
+        return Ok(Entrypoint::Auto);
+    }
+    if value.is_empty()
+        || value.contains('\0')
+        || value.split('/').any(|part| matches!(part, "" | "." | ".."))
+    {
+        return Err(bad("`auto`, the name of a program, or a path like bin/hello"));
+    }
+    Ok(Entrypoint::Program(value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    const A: &str = "/nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-a-1.0";
+    const B: &str = "/nix/store/7gx4kiv5m0i7d7qkixq2cwzbr10lvxwc-b";
+
+    fn parse(attributes: &[(&str, &str)]) -> Result<VolumeAttributes, ParseAttributesError> {
+        VolumeAttributes::parse(attributes.iter().copied(), System::X86_64Linux)
+    }
+
+    #[rstest]
+    #[case::any_system(&[("paths", A)], &[A])]
+    #[case::own_system_is_used_instead(&[("paths", A), ("x86_64-linux", B)], &[B])]
+    #[case::other_system_is_not(&[("paths", A), ("aarch64-linux", B)], &[A])]
+    #[case::items_for_other_systems(&[("paths", "aarch64-linux=/nix/store/7gx4kiv5m0i7d7qkixq2cwzbr10lvxwc-b /nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-a-1.0")], &[A])]
+    #[case::kubelet_adds(&[("paths", A), (POD_NAME, "p"), ("csi.storage.k8s.io/new", "x")], &[A])]
+    fn good(#[case] attributes: &[(&str, &str)], #[case] paths: &[&str]) {
+        let found: Vec<_> = parse(attributes).unwrap().paths.iter().map(ToString::to_string).collect();
+        assert_eq!(found, paths);
+    }
+
+    #[test]
+    fn entrypoints() {
+        let found =
+            parse(&[("paths", A), ("entrypoint.web", "auto"), ("entrypoint.job", "bin/job")]).unwrap();
+        assert_eq!(found.entrypoints["web"], Entrypoint::Auto);
+        assert_eq!(found.entrypoints["job"], Entrypoint::Program("bin/job".into()));
+    }
+
+    #[rstest]
+    #[case::nothing(&[], "no volume attribute names a store path; set `paths`")]
+    #[case::empty(&[("paths", " ")], "no volume attribute names a store path; set `paths`")]
+    #[case::other_system(&[("aarch64-linux", A)], "this node is x86_64-linux, and the volume has paths only for aarch64-linux")]
+    #[case::misspelt(&[("path", A)], "volume attribute `path` is not known here; check its spelling, or upgrade the node driver on this node")]
+    #[case::bad_path(&[("paths", "hello")], "volume attribute `paths`: line 1, column 1: \"hello\" is not a store path; expected /nix/store/<hash>-<name>")]
+    #[case::climbing(&[("paths", A), ("entrypoint.a", "../sh")], "volume attribute `entrypoint.a`: \"../sh\" is not `auto`, the name of a program, or a path like bin/hello")]
+    #[case::container_with_slash(&[("paths", A), ("entrypoint.a/b", "auto")], "volume attribute `entrypoint.a/b` is not known here; check its spelling, or upgrade the node driver on this node")]
+    fn bad(#[case] attributes: &[(&str, &str)], #[case] message: &str) {
+        assert_eq!(parse(attributes).unwrap_err().to_string(), message);
+    }
+
+    #[rstest]
+    #[case("flakeRef")]
+    #[case("nixExpr")]
+    #[case("expression")]
+    fn nothing_is_evaluated(#[case] key: &str) {
+        assert_eq!(parse(&[(key, "x")]), Err(ParseAttributesError::Evaluated(key.into())));
+    }
+}
