@@ -1,0 +1,50 @@
+//! The record that is written back to a pod: what was done, for people and for the next call.
+//!
+//! A record, never a permission: it supplies the containers that were there at the first call and their
+//! images, and of those only what the pod really looks like.
+
+use std::collections::BTreeMap;
+
+use nix_csi_proto::annotations::STATUS;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The content of the annotation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Status {
+    /// The version of this shape.
+    pub(crate) v: u32,
+    /// Where the wish stood.
+    pub(crate) source: String,
+    /// By container: what it got.
+    pub(crate) containers: BTreeMap<String, Injected>,
+}
+
+/// What one container got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Injected {
+    /// The volume with its packages.
+    pub(crate) volume: String,
+    /// The image it had, if that was replaced.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) image: Option<String>,
+}
+
+impl Status {
+    /// The record on `pod`, if there is one that can be read.
+    pub(crate) fn of(pod: &Value) -> Option<Self> {
+        let text = pod.pointer("/metadata/annotations")?.get(STATUS)?.as_str()?;
+        serde_json::from_str(text).ok().filter(|status: &Self| status.v == 1)
+    }
+
+    /// What it says about `container`, if the container really has that volume.
+    pub(crate) fn confirmed(&self, container: &Value) -> Option<&Injected> {
+        let injected = self.containers.get(container.get("name")?.as_str()?)?;
+        let mounts = container.get("volumeMounts")?.as_array()?;
+        let has_it =
+            mounts.iter().any(|mount| mount.get("name").and_then(Value::as_str) == Some(&injected.volume));
+        has_it.then_some(injected)
+    }
+}
