@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use nix_csi_proto::{DRIVER_NAME, References, System};
 use nix_csi_store::StorePath;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::config::Config;
@@ -51,6 +52,14 @@ enum Command {
         #[arg(required = true)]
         paths: Vec<String>,
     },
+    /// Delete the whole node store with its views. Refuses while a volume is recorded or a driver runs.
+    DeleteNodeData {
+        /// Really.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Do nothing until told to end: the rest of a DaemonSet whose work is done.
+    Wait,
     /// List the volumes on this node, a JSON object a line. Only reads.
     Volumes,
 }
@@ -98,8 +107,10 @@ pub fn run(args: Args) -> ExitCode {
 fn execute(args: Args) -> anyhow::Result<()> {
     // What is restored gets its modes from the call that creates it.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    if let Command::Volumes = args.command {
-        return list_volumes(&args.root);
+    match args.command {
+        Command::Volumes => return list_volumes(&args.root),
+        Command::DeleteNodeData { yes } => return delete_node_data(&args.root, yes),
+        _ => {}
     }
     let config = match &args.config {
         Some(path) => Config::read(path).with_context(|| format!("options in {}", path.display()))?,
@@ -123,7 +134,16 @@ fn execute(args: Args) -> anyhow::Result<()> {
                 print_line(&view::build(&store, &spec, &closure.paths)?.display());
                 Ok(())
             }
-            Command::Volumes => Ok(()),
+            Command::Wait => {
+                let (mut terminate, mut interrupt) = ending()?;
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                Ok(())
+            }
+            // Answered above, without options.
+            Command::Volumes | Command::DeleteNodeData { .. } => Ok(()),
         }
     })
 }
@@ -180,8 +200,8 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
         csi_on_host: options.kubelet_dir.join("plugins").join(DRIVER_NAME).join("csi.sock"),
         registration: options.registration_dir.map(|dir| dir.join(format!("{DRIVER_NAME}-reg.sock"))),
     };
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+    raise_file_limit();
+    let (mut terminate, mut interrupt) = ending()?;
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -189,6 +209,39 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
         }
     };
     Ok(serve(driver, &sockets, stop).await?)
+}
+
+/// The signals that ask for the end.
+fn ending() -> std::io::Result<(Signal, Signal)> {
+    Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?))
+}
+
+fn delete_node_data(root: &Path, yes: bool) -> anyhow::Result<()> {
+    anyhow::ensure!(yes, "this deletes everything in {}; say --yes", root.display());
+    let _lock = RootLock::acquire(root, "nix-csi-node delete-node-data")?;
+    let volumes = Volumes::at(root).list()?.len();
+    anyhow::ensure!(
+        volumes == 0,
+        "{volumes} volumes are recorded in {}; delete their pods first",
+        root.display()
+    );
+    for entry in std::fs::read_dir(root)? {
+        let path = entry?.path();
+        let removed =
+            if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        removed.with_context(|| format!("cannot delete {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// As many open files as allowed: each path of a closure is locked while it is registered.
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 fn list_volumes(root: &Path) -> anyhow::Result<()> {

@@ -8,7 +8,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix_csi_store::StorePath;
 use tonic::Code;
 
 use crate::driver::Driver;
@@ -32,6 +31,9 @@ pub enum PublishError {
     /// The fetch goes on; the next call finds it further on.
     #[error("fetching the closure: {0}; this continues")]
     Fetching(Progress),
+    /// The view is being built; the next call finds it.
+    #[error("the closure is here, its view is being built; this continues")]
+    Building,
     /// The closure cannot be fetched.
     #[error(transparent)]
     Fetch(#[from] FetchError),
@@ -83,10 +85,9 @@ impl PublishError {
     /// What kubelet is told. No `_` arm: each new error chooses whether kubelet may forget the volume.
     pub fn code(&self) -> Code {
         match self {
-            Self::Request(_) => Code::InvalidArgument,
-            Self::Busy(_) | Self::Fetching(_) => Code::Aborted,
+            Self::Busy(_) | Self::Fetching(_) | Self::Building => Code::Aborted,
             Self::Fetch(error) => fetch_code(error.root()),
-            Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
+            Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
             Self::View(ViewError::Io { source, .. })
             | Self::Volume(VolumeError::Io { source, .. })
             | Self::Target { source, .. } => io_code(source),
@@ -105,6 +106,7 @@ fn fetch_code(error: &FetchError) -> Code {
         FetchError::Lookup { source, .. } | FetchError::Download { source, .. } => match source {
             CacheError::Unauthorized { .. } => Code::PermissionDenied,
             CacheError::Unreachable { .. } | CacheError::Status { .. } => Code::Unavailable,
+            CacheError::Gone { .. } => Code::NotFound,
             CacheError::TooLong { .. }
             | CacheError::NarInfo { .. }
             | CacheError::OtherPath { .. }
@@ -153,7 +155,7 @@ impl Driver {
         }
         let view = match view::find(&self.store, &spec.id()) {
             Some(view) => view,
-            None => self.build_view(spec).await?,
+            None => self.make_view(spec).await?,
         };
         // From here to its end even if the caller goes away: a mount is never left half done.
         let this = self.clone();
@@ -187,12 +189,14 @@ impl Driver {
     /// Whether this very volume is at its target. Another one there is an error.
     fn is_published(&self, wanted: &Record) -> Result<bool, PublishError> {
         let mounted = mount::is_mount_point(&wanted.target)?;
-        let Some(found) = self.volumes.read(&wanted.volume)? else {
-            return if mounted {
-                Err(PublishError::Occupied { target: wanted.target.clone() })
-            } else {
-                Ok(false)
-            };
+        let found = match self.volumes.read(&wanted.volume) {
+            // Torn by a power cut: then nothing is mounted either, and it is written anew.
+            Err(VolumeError::Damaged { .. }) if !mounted => None,
+            found => found?,
+        };
+        let Some(found) = found else {
+            let target = wanted.target.clone();
+            return if mounted { Err(PublishError::Occupied { target }) } else { Ok(false) };
         };
         if found.target != wanted.target && mount::is_mount_point(&found.target)? {
             return Err(PublishError::Elsewhere { volume: found.volume.to_string(), target: found.target });
@@ -204,42 +208,62 @@ impl Driver {
         Ok(mounted)
     }
 
-    async fn build_view(&self, spec: ViewSpec) -> Result<PathBuf, PublishError> {
-        let closure = self.fetch(&spec.packages).await?;
-        let building = self.building.clone().lock_owned().await;
-        let store = Arc::clone(&self.store);
-        blocking(move || {
-            let view = view::build(&store, &spec, &closure.paths);
-            // Only now may a collector look at the closure: the view has roots of its own.
-            drop((closure, building));
-            Ok(view?)
-        })
-        .await?
-    }
-
-    async fn fetch(&self, packages: &[StorePath]) -> Result<Arc<Closure>, PublishError> {
-        let patience = tokio::time::sleep(self.options.patience);
-        match self.fetches.wait(packages, patience).await? {
-            Waited::Done(closure) => Ok(closure),
-            Waited::Running(progress) => Err(PublishError::Fetching(progress)),
+    /// Fetches what is missing and builds the view, as far as one call's time goes.
+    async fn make_view(&self, spec: ViewSpec) -> Result<PathBuf, PublishError> {
+        let deadline = tokio::time::Instant::now() + self.options.patience;
+        let patience = tokio::time::sleep_until(deadline);
+        let closure = match self.fetches.wait(&spec.packages, patience).await? {
+            Waited::Done(closure) => closure,
+            Waited::Running(progress) => return Err(PublishError::Fetching(progress)),
+        };
+        // Goes on when the call ends: the next one finds the view.
+        let this = self.clone();
+        let building = tokio::spawn(async move { this.build_view(spec, closure).await });
+        match tokio::time::timeout_at(deadline, building).await {
+            Ok(built) => built.map_err(|_| PublishError::Stopping)?,
+            Err(_) => Err(PublishError::Building),
         }
     }
 
-    /// Writes the record, then mounts. A mount that fails takes its record with it.
+    async fn build_view(&self, spec: ViewSpec, closure: Arc<Closure>) -> Result<PathBuf, PublishError> {
+        let building = self.building.clone().lock_owned().await;
+        let store = Arc::clone(&self.store);
+        let built = blocking(move || {
+            let view = view::build(&store, &spec, &closure.paths);
+            // Only now may a collector look at the closure: the view has roots of its own.
+            drop((closure, building));
+            view
+        })
+        .await?;
+        if built.is_err() {
+            self.empty_trash_later();
+        }
+        Ok(built?)
+    }
+
+    /// Writes the record, then mounts. A mount that fails takes its record with it, unless the volume was
+    /// there before: after a reboot it holds what the pod wrote.
     fn mount(&self, view: &Path, record: &Record) -> Result<(), PublishError> {
-        self.volumes.write(record)?;
-        let mounted = self.mount_at(view, record);
+        let is_new = !self.volumes.exists(&record.volume);
+        let written = self.volumes.write(record).map_err(PublishError::from);
+        let mounted = written.and_then(|()| self.mount_at(view, record));
         if mounted.is_err() {
             let _ = mount::unmount_and_remove(&record.target);
-            let _ = self.volumes.remove(&self.store, &record.volume);
+            if is_new {
+                let _ = self.volumes.remove(&self.store, &record.volume);
+            }
         }
         mounted
     }
 
     fn mount_at(&self, view: &Path, record: &Record) -> Result<(), PublishError> {
-        let target = || record.target.clone();
-        std::fs::create_dir_all(&record.target)
-            .map_err(|source| PublishError::Target { path: target(), source })?;
+        // Only the last directory: if kubelet has removed the pod's own, the pod is gone.
+        match std::fs::create_dir(&record.target) {
+            Err(source) if source.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(PublishError::Target { path: record.target.clone(), source });
+            }
+            _ => {}
+        }
         let view = view.to_owned();
         let request = match record.mode {
             Mode::ReadOnly => MountRequest::ReadOnly { view },

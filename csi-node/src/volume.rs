@@ -156,6 +156,11 @@ impl Volumes {
         (dir.join("upper"), dir.join("work"))
     }
 
+    /// Whether there is anything of `id`.
+    pub fn exists(&self, id: &VolumeId) -> bool {
+        self.volume(id).exists()
+    }
+
     /// What is written down about `id`.
     pub fn read(&self, id: &VolumeId) -> Result<Option<Record>, VolumeError> {
         let path = self.volume(id).join("record.json");

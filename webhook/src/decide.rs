@@ -219,9 +219,8 @@ impl<'a> Planner<'a> {
             let name = name_of(container);
             match &self.wish.containers {
                 Some(Selection::Named(names)) => own(name) || names.iter().any(|chosen| chosen == name),
-                Some(Selection::All) => own(name) || (is_main(name) && first_seen(container)),
                 None if self.wish.packages.is_none() => own(name),
-                None => own(name) || (is_main(name) && first_seen(container)),
+                Some(Selection::All) | None => own(name) || (is_main(name) && first_seen(container)),
             }
         };
         Ok(all().filter(is_chosen).collect())

@@ -123,18 +123,11 @@ impl Wish {
                     wish.add_packages(key, container, list)?;
                 }
                 Some(Key::Containers) => {
-                    wish.containers =
-                        Some(selection(value).ok_or_else(|| bad("a list of container names, or *"))?)
+                    let names = selection(value).ok_or_else(|| bad("a list of container names, or *"))?;
+                    wish.containers = Some(names);
                 }
                 Some(Key::Image) => {
-                    wish.image = Some(match value.trim() {
-                        "distroless" => Image::Distroless,
-                        "keep" => Image::Keep,
-                        own if !own.is_empty() && !own.contains(char::is_whitespace) => {
-                            Image::Own(own.to_owned())
-                        }
-                        _ => return Err(bad("distroless, keep, or an image")),
-                    })
+                    wish.image = Some(image(value).ok_or_else(|| bad("distroless, keep, or an image"))?);
                 }
                 Some(Key::Command(None)) => wish.command = Some(command(value).ok_or_else(|| bad(COMMAND))?),
                 Some(Key::Command(Some(container))) => {
@@ -205,6 +198,15 @@ fn selection(value: &str) -> Option<Selection> {
         ["*"] => Some(Selection::All),
         _ if names.contains(&"*") => None,
         _ => Some(Selection::Named(names.into_iter().map(str::to_owned).collect())),
+    }
+}
+
+fn image(value: &str) -> Option<Image> {
+    match value.trim() {
+        "distroless" => Some(Image::Distroless),
+        "keep" => Some(Image::Keep),
+        own if !own.is_empty() && !own.contains(char::is_whitespace) => Some(Image::Own(own.to_owned())),
+        _ => None,
     }
 }
 

@@ -158,7 +158,8 @@ impl Database {
         connection.execute_batch(TABLES)?;
         // Last: a database without it is one whose tables may be missing.
         if !schema.exists() {
-            fs::write(&schema, SCHEMA).map_err(io(&schema))?;
+            let beside = dir.join(".schema");
+            fs::write(&beside, SCHEMA).and_then(|()| fs::rename(&beside, &schema)).map_err(io(&schema))?;
         }
         Ok(Self { connection: Mutex::new(connection), _big_lock: lock })
     }

@@ -26,6 +26,12 @@ pub enum OpenError {
         /// What the system said.
         source: io::Error,
     },
+    /// A path that mounts cannot use.
+    #[error("{} cannot be the root: it is longer than 100 bytes or contains `:`, `,` or `\\\\`", root.display())]
+    Root {
+        /// The root.
+        root: PathBuf,
+    },
     /// Another process writes there.
     #[error("{} is in use by {by}; stop it, or use a command that only reads", root.display())]
     Held {
@@ -77,6 +83,14 @@ impl Layout {
         make_dir(root, 0o755).map_err(io("create", root))?;
         // Nix refuses a store below a symlink.
         let root = root.canonicalize().map_err(io("resolve", root))?;
+        // What overlayfs would read as a separator, and what does not fit into one of its options.
+        if root.as_os_str().len() > 100
+            || root.as_os_str().as_encoded_bytes().iter().any(|b| b":,\\".contains(b))
+        {
+            return Err(OpenError::Root { root });
+        }
+        // Other users of the host have no business in what pods may have fetched with credentials.
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(io("protect", &root))?;
         let layout = Self { root };
         layout.check_format()?;
         for (dir, mode) in [

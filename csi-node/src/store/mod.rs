@@ -23,6 +23,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix_csi_store::StorePath;
 
@@ -63,6 +64,7 @@ pub struct Staged {
 pub struct NodeStore {
     layout: Layout,
     db: Database,
+    started: u128,
     names: AtomicU64,
 }
 
@@ -71,7 +73,8 @@ impl NodeStore {
     pub fn open(root: &Path) -> Result<Self, OpenError> {
         let layout = Layout::open(root)?;
         let db = Database::open(&layout)?;
-        Ok(Self { layout, db, names: AtomicU64::new(0) })
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        Ok(Self { layout, db, started, names: AtomicU64::new(0) })
     }
 
     /// Where things are.
@@ -86,10 +89,11 @@ impl NodeStore {
         Ok(dir)
     }
 
-    /// A name that no other call of this process gets, and that an earlier process did not leave behind.
+    /// A name that no other call gets, of this process or of an earlier one: in a container the process id
+    /// is the same every time, so the time of the start stands for the process.
     pub fn fresh_name(&self) -> String {
         let n = self.names.fetch_add(1, Ordering::Relaxed);
-        format!("{}-{n}", std::process::id())
+        format!("{:x}-{n}", self.started)
     }
 
     /// Keeps `paths` from any collector, then says which of them are valid. In this order, and no other.
@@ -155,7 +159,13 @@ impl NodeStore {
             seal_top(&target).map_err(io("seal", &target))?;
             fresh.push(info);
         }
+        // A row must not survive a power cut that the bytes do not: contents first, then the commit.
+        self.sync().map_err(io("sync", self.layout.root()))?;
         Ok(self.db.register(&fresh)?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(fs::File::open(self.layout.root())?)?)
     }
 
     /// Writes the permanent roots of a view, which a real collector honours too.
@@ -181,20 +191,27 @@ impl NodeStore {
     ///
     /// Only the holder of the root's lock may do it, and only before it begins to work.
     pub fn clear_leftovers(&self) -> io::Result<()> {
-        for dir in [self.layout.staging(), self.layout.views()] {
-            for entry in fs::read_dir(dir)? {
-                let entry = entry?;
-                let whole_view = entry.path().starts_with(self.layout.views())
-                    && !entry.file_name().as_encoded_bytes().starts_with(b".");
-                if !whole_view {
-                    self.discard(&entry.path())?;
-                }
+        for entry in fs::read_dir(self.layout.staging())? {
+            self.discard(&entry?.path())?;
+        }
+        for entry in fs::read_dir(self.layout.views())? {
+            let entry = entry?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                self.discard(&entry.path())?;
             }
         }
-        Ok(())
+        // A view is rooted before it is built, so roots may be there without it.
+        for entry in fs::read_dir(self.layout.view_roots())? {
+            let name = entry?.file_name();
+            if !self.layout.views().join(&name).is_dir() {
+                fs::remove_dir_all(self.layout.view_roots().join(&name))?;
+            }
+        }
+        roots::remove_stale_temporary(&self.layout)
     }
 
-    /// Deletes what was discarded. Slow for large trees; nothing waits for it.
+    /// Deletes what was discarded. Slow for large trees; nothing waits for it. What cannot be deleted is
+    /// logged and tried again the next time, and keeps nothing else from being deleted.
     pub fn empty_trash(&self) -> io::Result<()> {
         for entry in fs::read_dir(self.layout.trash())? {
             let path = entry?.path();
@@ -203,11 +220,12 @@ impl NodeStore {
             } else {
                 fs::remove_file(&path)
             };
-            // Somebody else may be emptying it too.
-            if let Err(error) = removed
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                return Err(error);
+            match removed {
+                // Somebody else may be emptying it too.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, path = %path.display(), "cannot delete this from the trash yet");
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -6,6 +6,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix_csi_store::StorePath;
@@ -17,9 +18,12 @@ use super::layout::Layout;
 /// ours are numbers that no process can have.
 const FIRST_NAME: u32 = 2_000_000_000;
 
-/// Paths that no collector may delete while this lives.
+/// Paths that no collector may delete while this or a clone of it lives.
+#[derive(Debug, Clone)]
+pub struct TempRoots(Arc<Inner>);
+
 #[derive(Debug)]
-pub struct TempRoots {
+struct Inner {
     path: PathBuf,
     file: File,
     gc_lock: PathBuf,
@@ -29,23 +33,25 @@ pub struct TempRoots {
 impl TempRoots {
     pub(super) fn create(layout: &Layout) -> io::Result<Self> {
         let (path, file) = create_file(&layout.temp_roots())?;
-        Ok(Self {
+        Ok(Self(Arc::new(Inner {
             path,
             file,
             gc_lock: layout.state_dir().join("gc.lock"),
             gc_socket: layout.state_dir().join("gc-socket/socket"),
-        })
+        })))
     }
 
     /// From when this returns, `paths` are safe, whether they are valid or will be.
     pub(super) fn add(&mut self, paths: &[StorePath]) -> io::Result<()> {
+        let Inner { file, .. } = &*self.0;
+        let mut file = file;
         let gc_lock = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
-            .open(&self.gc_lock)?;
+            .open(&self.0.gc_lock)?;
         let mut lines = Vec::new();
         for path in paths {
             lines.extend_from_slice(path.to_string().as_bytes());
@@ -54,13 +60,13 @@ impl TempRoots {
         loop {
             match rustix::fs::flock(&gc_lock, FlockOperation::NonBlockingLockShared) {
                 // No collector runs. The next one will read the file.
-                Ok(()) => return self.file.write_all(&lines),
+                Ok(()) => return file.write_all(&lines),
                 Err(rustix::io::Errno::WOULDBLOCK) => {}
                 Err(error) => return Err(error.into()),
             }
             // One runs, and has read the file already: tell it, and it will spare them.
             match self.tell_collector(paths) {
-                Ok(()) => return self.file.write_all(&lines),
+                Ok(()) => return file.write_all(&lines),
                 // It ended, or has not begun to listen.
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }
@@ -68,7 +74,7 @@ impl TempRoots {
     }
 
     fn tell_collector(&self, paths: &[StorePath]) -> io::Result<()> {
-        let mut socket = UnixStream::connect(&self.gc_socket)?;
+        let mut socket = UnixStream::connect(&self.0.gc_socket)?;
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         for path in paths {
             socket.write_all(format!("{path}\n").as_bytes())?;
@@ -82,7 +88,7 @@ impl TempRoots {
     }
 }
 
-impl Drop for TempRoots {
+impl Drop for Inner {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
@@ -92,7 +98,7 @@ fn create_file(dir: &Path) -> io::Result<(PathBuf, File)> {
     let mut name = FIRST_NAME;
     loop {
         let path = dir.join(name.to_string());
-        match File::options().write(true).append(true).create_new(true).mode(0o600).open(&path) {
+        match File::options().append(true).create_new(true).mode(0o600).open(&path) {
             Ok(file) => {
                 rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
                 // A collector that came between found it free, marked it and unlinked it.
@@ -104,6 +110,22 @@ fn create_file(dir: &Path) -> io::Result<(PathBuf, File)> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Unlinks files of ours whose holders are gone.
+pub(super) fn remove_stale_temporary(layout: &Layout) -> io::Result<()> {
+    for entry in fs::read_dir(layout.temp_roots())? {
+        let entry = entry?;
+        let ours = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+        if ours.is_none_or(|name| name < FIRST_NAME) {
+            continue;
+        }
+        let file = File::options().read(true).write(true).open(entry.path())?;
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// `gcroots/nix-csi/<view>/<n>`: symlinks to logical paths. A physical one would silently not count.

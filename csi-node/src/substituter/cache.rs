@@ -34,6 +34,11 @@ impl BinaryCache {
         public(&self.base)
     }
 
+    /// How often a question or a transfer is tried.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
     /// What the cache says about `path`, or `None` if it does not have it.
     pub async fn narinfo(&self, path: &StorePath) -> Result<Option<NarInfo>, CacheError> {
         let url = self.join(&format!("{}.narinfo", path.hash()))?;
@@ -56,17 +61,19 @@ impl BinaryCache {
         }
     }
 
-    /// The beginning of a NAR's transfer, or `None` if it is gone although its narinfo is there.
-    pub async fn nar(&self, info: &NarInfo) -> Result<Option<Response>, CacheError> {
+    /// The beginning of a NAR's transfer.
+    pub async fn nar(&self, info: &NarInfo) -> Result<Response, CacheError> {
         let url = self.join(&info.url)?;
         if !matches!(url.scheme(), "http" | "https") {
-            return Err(CacheError::NarUrl { url: info.url.clone() });
+            return Err(CacheError::NarUrl { url: public(&url) });
         }
-        self.get(&url).await
+        let gone = || CacheError::Gone { url: public(&url) };
+        self.get(&url).await?.ok_or_else(gone)
     }
 
     fn join(&self, relative: &str) -> Result<Url, CacheError> {
-        self.base.join(relative).map_err(|_| CacheError::NarUrl { url: relative.to_owned() })
+        let without_query = || relative.split('?').next().unwrap_or_default().to_owned();
+        self.base.join(relative).map_err(|_| CacheError::NarUrl { url: without_query() })
     }
 
     /// Asks until there is an answer, or the attempts are used up.

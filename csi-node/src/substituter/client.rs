@@ -1,10 +1,15 @@
 //! The HTTP client for binary caches.
 
+use std::time::Duration;
+
 use reqwest::Client;
 use reqwest::redirect::Policy;
 use rustls::{ClientConfig, RootCertStore};
 
 use crate::config::Config;
+
+/// How much of one answer may be under way.
+const STREAM_WINDOW: u32 = 512 * 1024;
 
 /// A client with this program's own certificate authorities: an image from scratch has no others.
 ///
@@ -13,13 +18,25 @@ pub fn client(config: &Config) -> reqwest::Result<Client> {
     let roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     let mut tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Client::builder()
+    let connections = u32::try_from(config.http_connections).unwrap_or(u32::MAX);
+    let limit = |time: Duration| (!time.is_zero()).then_some(time);
+    let mut builder = Client::builder();
+    // Zero means no limit, as in Nix.
+    if let Some(time) = limit(config.connect_timeout) {
+        builder = builder.connect_timeout(time);
+    }
+    // Between two reads, not for the whole: a large path may take as long as it needs.
+    if let Some(time) = limit(config.stalled_download_timeout) {
+        builder = builder.read_timeout(time);
+    }
+    builder
         .tls_backend_preconfigured(tls)
         .user_agent(concat!("nix-csi/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(config.connect_timeout)
-        // Between two reads, not for the whole: a large path may take as long as it needs.
-        .read_timeout(config.stalled_download_timeout)
         .redirect(Policy::limited(5))
+        // A download that waits for a restore thread holds what it was sent. All of them together must not
+        // hold the whole connection, or those that run would starve.
+        .http2_initial_stream_window_size(STREAM_WINDOW)
+        .http2_initial_connection_window_size(STREAM_WINDOW.saturating_mul(connections.saturating_add(16)))
         .pool_max_idle_per_host(config.http_connections)
         .build()
 }

@@ -27,6 +27,12 @@ pub enum CacheError {
         /// The answer.
         status: reqwest::StatusCode,
     },
+    /// The narinfo is there and what it describes is not: the cache was cleaned up in between.
+    #[error("{url} is gone, although its narinfo is there")]
+    Gone {
+        /// What was asked for.
+        url: String,
+    },
     /// The cache wants other credentials, or any.
     #[error("{url} answered {status}: the cache does not accept this node's credentials")]
     Unauthorized {
@@ -75,7 +81,8 @@ impl CacheError {
             Self::Status { status, .. } => {
                 status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
             }
-            Self::Unauthorized { .. }
+            Self::Gone { .. }
+            | Self::Unauthorized { .. }
             | Self::TooLong { .. }
             | Self::NarInfo { .. }
             | Self::OtherPath { .. }

@@ -5,6 +5,7 @@ use std::io;
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use nix_csi_store::{NarInfo, StorePath, TrustedKeys};
@@ -91,7 +92,7 @@ impl Substituter {
             store,
             caches: caches.into(),
             trust: Arc::new(trust),
-            connections: Arc::new(Semaphore::new(connections.max(1))),
+            connections: Arc::new(Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS))),
             // Some of them wait for a slow cache at any time.
             pool: RestorePool::start(cores * 2)?,
         })
@@ -146,11 +147,11 @@ impl Substituter {
             }
             tokio::select! {
                 Some(looked_up) = lookups.join_next() => {
-                    let Source { info, cache } = looked_up.map_err(|_| FetchError::Stopped)??;
-                    progress.send_modify(|progress| progress.bytes_total += info.nar_size);
-                    found.clone_from(&info.references);
+                    let sources = looked_up.map_err(|_| FetchError::Stopped)??;
+                    progress.send_modify(|progress| progress.bytes_total += sources.info.nar_size);
+                    found.clone_from(&sources.info.references);
                     let (this, staging) = (self.clone(), Arc::clone(&staging.dir));
-                    downloads.spawn(async move { this.download(info, cache, staging).await }.in_current_span());
+                    downloads.spawn(async move { this.obtain(sources, staging).await }.in_current_span());
                 }
                 Some(downloaded) = downloads.join_next() => {
                     let path = downloaded.map_err(|_| FetchError::Stopped)??;
@@ -174,20 +175,29 @@ impl Substituter {
         if paths.is_empty() {
             return Ok(paths);
         }
-        // A few look-ups in memory: shorter than the way to another thread and back.
-        let valid = self.store.pin(pins, &paths)?;
-        Ok(paths.into_iter().filter(|path| !valid.contains(path)).collect())
+        // Short, unless a collector runs or a large closure is being registered.
+        let mut roots = pins.clone();
+        self.blocking(move |store| {
+            let valid = store.pin(&mut roots, &paths)?;
+            Ok(paths.into_iter().filter(|path| !valid.contains(path)).collect())
+        })
+        .await?
     }
 
     /// Asks the caches in their order, until one has the path in a way that can be used.
     async fn look_up(&self, path: &StorePath) -> Result<Source, FetchError> {
+        self.look_up_from(path, 0).await
+    }
+
+    /// The same, beginning with the cache of that number.
+    async fn look_up_from(&self, path: &StorePath, first: usize) -> Result<Source, FetchError> {
         let mut failed = None;
-        for cache in &*self.caches {
+        for (number, cache) in self.caches.iter().enumerate().skip(first) {
             let _permit = self.connections.acquire().await.map_err(|_| FetchError::Stopped)?;
             match cache.narinfo(path).await {
                 Ok(None) => {}
                 Ok(Some(info)) => match self.check(&info, cache) {
-                    Ok(()) => return Ok(Source { info, cache: cache.clone() }),
+                    Ok(()) => return Ok(Source { info, cache: cache.clone(), number }),
                     Err(error) => failed = Some(error),
                 },
                 Err(source) => {
@@ -212,19 +222,44 @@ impl Substituter {
         }
     }
 
-    /// Restores one path into `staging`.
+    /// Restores one path into `staging`: from its cache, again if the transfer was cut, then from the next.
+    async fn obtain(&self, mut source: Source, staging: Arc<Path>) -> Result<Staged, FetchError> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            // A name of its own for each: the thread of a cut transfer may still be about to notice.
+            let dir: Arc<Path> =
+                staging.join(format!("{}-{}-{attempt}", source.info.path.hash(), source.number)).into();
+            std::fs::create_dir(&dir).map_err(FetchError::Staging)?;
+            let error = match self.download(&source, dir).await {
+                Ok(staged) => return Ok(staged),
+                Err(error) => error,
+            };
+            let FetchError::Download { source: reason, .. } = &error else { return Err(error) };
+            tracing::info!(path = %source.info.path, cache = source.cache.name(), %reason, attempt, "download failed");
+            if reason.is_temporary() && attempt < source.cache.attempts() {
+                tokio::time::sleep(Duration::from_millis(100 << attempt.min(6))).await;
+                continue;
+            }
+            let next = self.look_up_from(&source.info.path, source.number + 1).await;
+            match next {
+                // What was walked already must be what arrives.
+                Ok(next) if next.info.references == source.info.references => (source, attempt) = (next, 0),
+                _ => return Err(error),
+            }
+        }
+    }
+
+    /// Restores one path into `staging`, once.
     async fn download(
         &self,
-        info: NarInfo,
-        cache: BinaryCache,
+        Source { info, cache, .. }: &Source,
         staging: Arc<Path>,
     ) -> Result<Staged, FetchError> {
         let name = cache.name();
         let failed = |source| FetchError::Download { path: info.path.clone(), cache: name.clone(), source };
         let _permit = self.connections.acquire().await.map_err(|_| FetchError::Stopped)?;
-        let mut response = cache.nar(&info).await.map_err(failed)?.ok_or_else(|| {
-            failed(CacheError::Status { url: info.url.clone(), status: reqwest::StatusCode::NOT_FOUND })
-        })?;
+        let mut response = cache.nar(info).await.map_err(failed)?;
         // A thread is asked for only when there is something for it to do.
         let first = chunk(&mut response).await.map_err(failed)?.unwrap_or_default();
         let (chunks, receiver) = mpsc::channel(CHUNKS);
@@ -271,6 +306,8 @@ async fn send(
 struct Source {
     info: NarInfo,
     cache: BinaryCache,
+    /// Which of the caches that is.
+    number: usize,
 }
 
 /// The directory of one fetch; what is left in it goes with it.

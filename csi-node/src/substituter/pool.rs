@@ -48,7 +48,7 @@ impl RestorePool {
                     // The guard is gone before the job begins: another thread takes the next one.
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(Job { info, cache, chunks, staging, done }) = job else { return };
-                    let restored = restore(&info, &cache, Chunks::new(chunks), &staging);
+                    let restored = restore(&info, &cache, Chunks::new(chunks, info.nar_size), &staging);
                     // Nobody waits for it any more: staging is removed by whoever made it.
                     let _ = done.send(restored);
                 }
@@ -108,20 +108,27 @@ fn restore(info: &NarInfo, cache: &str, input: Chunks, staging: &Path) -> Result
 /// The chunks of a transfer as something to read from, without copying them together.
 struct Chunks {
     rest: Bytes,
-    chunks: tokio::sync::mpsc::Receiver<Bytes>,
+    more: tokio::sync::mpsc::Receiver<Bytes>,
+    /// How many more may come. Empty frames decode to nothing, so the size of the NAR does not end them.
+    left: u64,
 }
 
 impl Chunks {
-    fn new(chunks: tokio::sync::mpsc::Receiver<Bytes>) -> Self {
-        Self { rest: Bytes::new(), chunks }
+    fn new(more: tokio::sync::mpsc::Receiver<Bytes>, nar_size: u64) -> Self {
+        Self { rest: Bytes::new(), more, left: nar_size.saturating_add(nar_size / 8).saturating_add(1 << 20) }
     }
 }
 
 impl Read for Chunks {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.rest.is_empty() {
-            match self.chunks.blocking_recv() {
-                Some(chunk) => self.rest = chunk,
+            match self.more.blocking_recv() {
+                Some(chunk) => {
+                    let too_much =
+                        || io::Error::new(io::ErrorKind::FileTooLarge, "far more data than the NAR has");
+                    self.left = self.left.checked_sub(chunk.len() as u64).ok_or_else(too_much)?;
+                    self.rest = chunk;
+                }
                 None => return Ok(0),
             }
         }

@@ -8,7 +8,7 @@ use nix_csi_proto::annotations::COMMAND;
 use nix_csi_proto::volume::Entrypoint;
 use nix_csi_store::StorePath;
 
-use crate::store::Layout;
+use super::inside::Inside;
 
 /// As many names as fit into an event.
 const SHOWN: usize = 20;
@@ -52,7 +52,7 @@ pub enum EntryError {
 
 /// The program to link to, as a pod sees it.
 pub(super) fn find(
-    layout: &Layout,
+    inside: &Inside<'_>,
     packages: &[StorePath],
     container: &str,
     entrypoint: &Entrypoint,
@@ -62,15 +62,15 @@ pub(super) fn find(
             let below = if program.contains('/') { program.clone() } else { format!("bin/{program}") };
             packages
                 .iter()
-                .find(|package| fs::symlink_metadata(layout.physical(package).join(&below)).is_ok())
                 .map(|package| PathBuf::from(package.to_string()).join(&below))
+                .find(|program| inside.resolve(program).is_some())
                 .ok_or_else(|| EntryError::Missing { container: container.into(), program: program.clone() })
         }
         Entrypoint::Auto => {
             let Some(package) = packages.first() else {
                 return Err(EntryError::Missing { container: container.into(), program: "auto".into() });
             };
-            let programs = programs(layout, package);
+            let programs = programs(inside, package);
             let name = choose(package, container, &programs)?;
             Ok(PathBuf::from(package.to_string()).join("bin").join(name))
         }
@@ -95,18 +95,18 @@ fn choose<'a>(package: &StorePath, container: &str, programs: &'a [String]) -> R
 }
 
 /// What is executable in `bin`, sorted. Wrapped programs hide behind a dot and do not count.
-fn programs(layout: &Layout, package: &StorePath) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(layout.physical(package).join("bin")) else { return Vec::new() };
+fn programs(inside: &Inside<'_>, package: &StorePath) -> Vec<String> {
+    let bin = PathBuf::from(package.to_string()).join("bin");
+    let entries = inside.resolve(&bin).and_then(|bin| fs::read_dir(bin).ok());
+    let is_program = |name: &String| {
+        let physical = inside.resolve(&bin.join(name)).and_then(|physical| fs::metadata(physical).ok());
+        physical.is_some_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
     let mut names: Vec<_> = entries
-        .filter_map(Result::ok)
-        .filter(|entry| {
-            // A link leads to where only a pod can follow; it is taken to be what it looks like.
-            fs::symlink_metadata(entry.path()).is_ok_and(|meta| {
-                meta.is_symlink() || (meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-            })
-        })
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| !name.starts_with('.'))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| !name.starts_with('.') && is_program(name))
         .collect();
     names.sort_unstable();
     names

@@ -10,6 +10,7 @@
 //! **Invariant:** a view never outlives its roots, and nothing here writes through a link.
 
 mod entry;
+mod inside;
 mod link;
 mod profile;
 mod spec;
@@ -88,9 +89,10 @@ fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path
     }
     symlink(".", at.join("nix")).map_err(io("link", &at.join("nix")))?;
     link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
-    profile::build(store.layout(), &spec.packages, &at.join("var/result"))?;
+    let inside = inside::Inside::new(store.layout(), closure)?;
+    profile::build(&inside, &spec.packages, &at.join("var/result"))?;
     for (container, entrypoint) in &spec.entrypoints {
-        let program = entry::find(store.layout(), &spec.packages, container, entrypoint)?;
+        let program = entry::find(&inside, &spec.packages, container, entrypoint)?;
         let link = at.join("var/entry").join(container);
         symlink(program, &link).map_err(io("link", &link))?;
     }

@@ -13,65 +13,58 @@ use std::path::{Path, PathBuf};
 use nix_csi_store::StorePath;
 
 use super::ViewError;
-use crate::store::Layout;
+use super::inside::Inside;
 
 /// A directory of some package: as a pod will see it, and where it is now.
-#[derive(Clone)]
 struct Source {
     logical: PathBuf,
     physical: PathBuf,
 }
 
 /// Makes `result` out of the packages.
-pub(super) fn build(layout: &Layout, packages: &[StorePath], result: &Path) -> Result<(), ViewError> {
+pub(super) fn build(inside: &Inside<'_>, packages: &[StorePath], result: &Path) -> Result<(), ViewError> {
     if let [package] = packages {
         return link(Path::new(&package.to_string()), result);
     }
-    let sources: Vec<_> = packages
-        .iter()
-        .map(|path| Source { logical: path.to_string().into(), physical: layout.physical(path) })
-        // A package that is a file has nothing to merge.
-        .filter(|source| source.physical.is_dir())
-        .collect();
-    merge(&sources, result)
+    let packages = packages.iter().map(|path| PathBuf::from(path.to_string())).collect();
+    // A package that is a file has nothing to merge.
+    merge(inside, directories(inside, packages), result)
 }
 
-fn merge(sources: &[Source], target: &Path) -> Result<(), ViewError> {
+/// Those that are directories, or lead to one.
+fn directories(inside: &Inside<'_>, logical: Vec<PathBuf>) -> Vec<Source> {
+    let source = |logical: PathBuf| {
+        let physical = inside.resolve(&logical).filter(|physical| physical.is_dir())?;
+        Some(Source { logical, physical })
+    };
+    logical.into_iter().filter_map(source).collect()
+}
+
+fn merge(inside: &Inside<'_>, sources: Vec<Source>, target: &Path) -> Result<(), ViewError> {
     fs::create_dir(target).map_err(io("create", target))?;
-    let mut entries: BTreeMap<OsString, Vec<Source>> = BTreeMap::new();
+    let mut entries: BTreeMap<OsString, Vec<PathBuf>> = BTreeMap::new();
     for source in sources {
         for entry in fs::read_dir(&source.physical).map_err(io("read", &source.physical))? {
-            let entry = entry.map_err(io("read", &source.physical))?;
-            let name = entry.file_name();
-            let (logical, physical) = (source.logical.join(&name), entry.path());
-            entries.entry(name).or_default().push(Source { logical, physical });
+            let name = entry.map_err(io("read", &source.physical))?.file_name();
+            let logical = source.logical.join(&name);
+            entries.entry(name).or_default().push(logical);
         }
     }
-    for (name, sources) in entries {
+    for (name, all) in entries {
         let target = target.join(&name);
-        match &sources[..] {
-            [_, _, ..] if sources.iter().all(|source| is_real_dir(&source.physical)) => {
-                merge(&sources, &target)?;
-            }
-            [first, rest @ ..] => {
-                if !rest.is_empty() {
-                    tracing::warn!(
-                        used = %first.logical.display(),
-                        hidden = %rest[0].logical.display(),
-                        "two packages have the same file"
-                    );
-                }
-                link(&first.logical, &target)?;
-            }
-            [] => {}
+        let count = all.len();
+        let first = all[0].clone();
+        let sources = if count > 1 { directories(inside, all) } else { Vec::new() };
+        if count > 1 && sources.len() == count {
+            merge(inside, sources, &target)?;
+            continue;
         }
+        if count > 1 {
+            tracing::warn!(used = %first.display(), others = count - 1, "several packages have this file");
+        }
+        link(&first, &target)?;
     }
     Ok(())
-}
-
-/// A link inside a package is linked to as it is: its target is logical, and not there on the node.
-fn is_real_dir(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
 }
 
 fn link(to: &Path, at: &Path) -> Result<(), ViewError> {

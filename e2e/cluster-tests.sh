@@ -1,0 +1,18 @@
+#!/bin/bash
+# The tests on a real Kubernetes: a cluster of their own, nix-csi installed into it, and afterwards nothing.
+set -euo pipefail
+
+e2e=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export NIX_CSI_CLUSTER_STATE=${NIX_CSI_CLUSTER_STATE:-$e2e/../target/e2e/test-cluster}
+NIX_CSI_FIXTURES=$("$e2e/fixtures/build.sh")
+export NIX_CSI_FIXTURES
+cd "$e2e/.."
+cargo test --locked -p nix-csi-e2e --no-run
+"$e2e/cluster" down >&2
+trap '"$e2e/cluster" down --purge >&2' EXIT
+"$e2e/cluster" up --caches "$NIX_CSI_FIXTURES/caches" >&2
+"$e2e/install.sh"
+# On two cores, more at once only makes each of them slower.
+cargo test --locked -p nix-csi-e2e --test cluster -- --test-threads=4 "$@"
+# Last, and alone: it takes nix-csi away.
+cargo test --locked -p nix-csi-e2e --test uninstall

@@ -1,0 +1,33 @@
+#!/bin/bash
+# Installs nix-csi from this checkout into the running test cluster and waits until it serves.
+#
+# Needs: e2e/cluster up, make images. The caches are the fixtures, as the cluster serves them.
+set -euo pipefail
+
+e2e=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(dirname "$e2e")
+fixtures=$("$e2e/fixtures/build.sh")
+kubectl() { "$e2e/cluster" kubectl "$@"; }
+
+for program in nix-csi-node nix-csi-webhook; do
+    [[ -e $repo/target/images/$program.tar ]] ||
+        { echo "install.sh: target/images/$program.tar is missing; run make images" >&2; exit 1; }
+    "$e2e/cluster" load "$repo/target/images/$program.tar" >&2
+done
+cat >"$repo/manifests/overlays/e2e/nix.conf" <<CONF
+substituters = http://10.90.0.1:8080/zstd
+trusted-public-keys = $(cat "$fixtures/keys/nix-csi-test-1.pub")
+download-attempts = 2
+CONF
+kubectl apply -k "$repo/manifests/overlays/e2e" >&2
+kubectl -n nix-csi rollout status daemonset/nix-csi-node --timeout=60s >&2
+kubectl -n nix-csi rollout status deployment/nix-csi-webhook --timeout=60s >&2
+# Ready pods are not yet a caBundle in the configuration that the API server uses.
+for _ in $(seq 100); do
+    bundle=$(kubectl get mutatingwebhookconfiguration 00-nix-csi -o 'jsonpath={.webhooks[*].clientConfig.caBundle}')
+    driver=$(kubectl get csinode node-1 -o 'jsonpath={.spec.drivers[*].name}')
+    [[ -z $bundle || $driver != *nix-csi.lillecarl.com* ]] || exit 0
+    sleep 0.2
+done
+echo "install.sh: no caBundle, or kubelet does not know the driver (it knows: ${driver:-none})" >&2
+exit 1

@@ -1,0 +1,11 @@
+//! What the tests share: the package fixtures, caches to serve them, and the cluster.
+//!
+//! Nothing is skipped here. What is missing is an error that says how it is made.
+
+pub mod cluster;
+mod fixtures;
+mod http;
+pub mod nix;
+
+pub use fixtures::{Fixture, Fixtures};
+pub use http::StaticServer;

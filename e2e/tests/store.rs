@@ -1,0 +1,232 @@
+//! The node store, judged by real Nix.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use nix_csi_e2e::{Fixtures, StaticServer, nix};
+use nix_csi_node::config::Config;
+use nix_csi_node::store::NodeStore;
+use nix_csi_node::substituter::{self, BinaryCache, Closure, FetchError, Progress, Substituter, Trust};
+use nix_csi_node::view::{self, ViewSpec};
+use nix_csi_store::StorePath;
+use rstest::rstest;
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+struct Setup {
+    fixtures: Fixtures,
+    root: TempDir,
+    substituter: Substituter,
+    server: StaticServer,
+}
+
+impl Setup {
+    fn new(compression: &str) -> Result<Self> {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let fixtures = Fixtures::find()?;
+        let root = tempfile::tempdir()?;
+        let server = StaticServer::start(&fixtures.cache(compression))?;
+        let config =
+            Config { trusted_public_keys: vec![fixtures.public_key()?.parse()?], ..Config::default() };
+        let store = Arc::new(NodeStore::open(root.path())?);
+        let cache = BinaryCache::new(server.url().parse()?, substituter::client(&config)?, 2);
+        let trust = Trust { keys: config.trusted_keys(), require_sigs: true };
+        let substituter = Substituter::new(store, vec![cache], trust, 64)?;
+        Ok(Self { fixtures, root, substituter, server })
+    }
+
+    async fn fetch(&self, name: &str) -> Result<Closure, FetchError> {
+        let path = self.fixtures.get(name).expect("a fixture").path;
+        self.substituter.fetch(&[path], &watch::channel(Progress::default()).0).await
+    }
+
+    fn store(&self) -> &NodeStore {
+        self.substituter.store()
+    }
+
+    fn nix(&self, args: &[&str]) -> Result<String> {
+        let root = self.root.path().to_str().context("a path of this test")?;
+        nix::nix([&args[..1], &["--store", root], &args[1..]].concat())
+    }
+
+    /// What is in the store directory, without what Nix keeps there for itself.
+    fn in_store_dir(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.store().layout().store_dir())? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name != ".links" {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Nothing half done anywhere.
+    fn assert_clean(&self) -> Result<()> {
+        self.store().empty_trash()?;
+        for dir in ["staging", "trash", "nix/var/nix/temproots"] {
+            let left: Vec<_> = fs::read_dir(self.root.path().join(dir))?.collect();
+            ensure!(left.is_empty(), "left in {dir}: {left:?}");
+        }
+        let valid = self.nix(&["nix", "path-info", "--all"])?;
+        let mut valid: Vec<_> = valid.lines().filter_map(|line| line.strip_prefix("/nix/store/")).collect();
+        valid.sort_unstable();
+        assert_eq!(self.in_store_dir()?, valid, "files and database disagree");
+        Ok(())
+    }
+}
+
+/// Every entry below `root`: mode, time, size or target, by its path.
+fn describe(root: &Path) -> Result<BTreeMap<String, String>> {
+    let mut found = BTreeMap::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(path) = open.pop() {
+        let meta = fs::symlink_metadata(&path)?;
+        let what = if meta.is_symlink() {
+            format!("-> {}", fs::read_link(&path)?.display())
+        } else if meta.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                open.push(entry?.path());
+            }
+            format!("{:o}", meta.mode())
+        } else {
+            format!("{:o} {} bytes", meta.mode(), meta.len())
+        };
+        let owner = format!("{}:{}", meta.uid(), meta.gid());
+        found.insert(
+            path.strip_prefix(root)?.display().to_string(),
+            format!("{what} {owner} {}", meta.mtime()),
+        );
+    }
+    Ok(found)
+}
+
+#[rstest]
+#[case::zstd("zstd")]
+#[case::xz("xz")]
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_arrives_as_nix_wrote_it(#[case] compression: &str) -> Result<()> {
+    let setup = Setup::new(compression)?;
+    for name in setup.fixtures.good() {
+        let closure = setup.fetch(&name).await.with_context(|| name.clone())?;
+        assert_eq!(closure.paths, setup.fixtures.get(&name)?.closure, "{name}");
+        for path in &closure.paths {
+            let theirs = setup.fixtures.store().join("nix/store").join(path.base_name());
+            assert_eq!(describe(&setup.store().layout().physical(path))?, describe(&theirs)?, "{path}");
+        }
+    }
+    nix::verify(setup.root.path())?;
+    setup.assert_clean()?;
+    // Closures and signatures, as Nix reads them out of our database.
+    let python = setup.fixtures.get("python3")?;
+    let listed = setup.nix(&["nix", "path-info", "--recursive", "--sigs", &python.path.to_string()])?;
+    assert_eq!(listed.lines().count(), python.closure.len());
+    assert!(listed.lines().all(|line| line.contains("nix-csi-test-1:")), "{listed}");
+    Ok(())
+}
+
+#[rstest]
+#[case("unsigned", "it has no signature")]
+#[case("wrong-key", "signed by nix-csi-other-1, none of which is in trusted-public-keys")]
+#[case("forged-key", "its signature by nix-csi-test-1 is not right")]
+#[case("tampered", "signed was sha256:")]
+#[case("missing-nar", "is gone, although its narinfo is there")]
+#[case("other-path", "not about the path it was asked for")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_bad_is_named_and_leaves_nothing(#[case] name: &str, #[case] reason: &str) -> Result<()> {
+    let setup = Setup::new("zstd")?;
+    setup.fetch("hello").await?;
+    let error = format!("{:#}", anyhow::Error::new(setup.fetch(name).await.expect_err(name)));
+    let path = setup.fixtures.get(name)?.path;
+    for part in [reason, path.base_name(), &setup.server.url()] {
+        assert!(error.contains(part), "{part:?} is not in: {error}");
+    }
+    setup.assert_clean()?;
+    assert_eq!(setup.store().closure(&[path])?, None);
+    // The same store goes on working.
+    setup.fetch("jq").await?;
+    nix::verify(setup.root.path())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_path_and_a_dead_cache_are_told_apart() -> Result<()> {
+    let setup = Setup::new("zstd")?;
+    let unknown: StorePath = "/nix/store/00000000000000000000000000000000-unknown".parse()?;
+    let sender = watch::channel(Progress::default()).0;
+    let error = setup.substituter.fetch(std::slice::from_ref(&unknown), &sender).await.expect_err("unknown");
+    assert!(matches!(error, FetchError::NotFound { .. }), "{error:?}");
+    let Setup { server, substituter, .. } = setup;
+    drop(server);
+    let error = substituter.fetch(&[unknown], &sender).await.expect_err("dead");
+    assert!(matches!(&error, FetchError::Lookup { source, .. } if source.is_temporary()), "{error:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_collector_leaves_views_and_fetches_alone() -> Result<()> {
+    let setup = Setup::new("zstd")?;
+    let hello = setup.fixtures.get("hello")?;
+    let closure = setup.fetch("hello").await?;
+    let spec = ViewSpec { packages: vec![hello.path.clone()], entrypoints: BTreeMap::new() };
+    let view = view::build(setup.store(), &spec, &closure.paths)?;
+    drop(closure);
+    let held = setup.fetch("jq").await?;
+    drop(setup.fetch("redis").await?);
+
+    setup.nix(&["nix-store", "--gc"])?;
+    let left = |name: &str| -> Result<bool> {
+        Ok(setup.store().closure(&[setup.fixtures.get(name)?.path])?.is_some())
+    };
+    assert!(left("hello")?, "a view holds it");
+    assert!(left("jq")?, "a fetch that is not dropped holds it");
+    assert!(!left("redis")?, "nobody holds it");
+    drop(held);
+    setup.nix(&["nix-store", "--gc"])?;
+    assert!(!left("jq")?, "nobody holds it any more");
+    assert!(left("hello")?);
+    assert_eq!(describe(&view.join("store"))?.len(), {
+        let physical = |path: &StorePath| describe(&setup.store().layout().physical(path));
+        1 + hello.closure.iter().map(|path| physical(path).map(|all| all.len())).sum::<Result<usize>>()?
+    });
+    // What was collected comes again.
+    setup.fetch("redis").await?;
+    nix::verify(setup.root.path())?;
+    setup.assert_clean()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_packages_become_one_profile() -> Result<()> {
+    let setup = Setup::new("zstd")?;
+    let (bash, coreutils) = (setup.fixtures.get("bash")?.path, setup.fixtures.get("coreutils")?.path);
+    let packages = vec![bash.clone(), coreutils.clone()];
+    let closure = setup.substituter.fetch(&packages, &watch::channel(Progress::default()).0).await?;
+    let spec = ViewSpec { packages, entrypoints: BTreeMap::new() };
+    let result = view::build(setup.store(), &spec, &closure.paths)?.join("var/result");
+    assert_eq!(fs::read_link(result.join("bin/bash"))?, Path::new(&format!("{bash}/bin/bash")));
+    assert_eq!(fs::read_link(result.join("bin/ls"))?, Path::new(&format!("{coreutils}/bin/ls")));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_at_once_want_the_same() -> Result<()> {
+    let setup = Setup::new("zstd")?;
+    let fetches: Vec<_> = ["python3", "redis", "python3", "nginx", "jq", "python3"]
+        .into_iter()
+        .map(|name| {
+            let (substituter, path) = (setup.substituter.clone(), setup.fixtures.get(name).unwrap().path);
+            tokio::spawn(
+                async move { substituter.fetch(&[path], &watch::channel(Progress::default()).0).await },
+            )
+        })
+        .collect();
+    for fetch in fetches {
+        fetch.await??;
+    }
+    nix::verify(setup.root.path())?;
+    setup.assert_clean()
+}
