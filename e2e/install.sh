@@ -19,7 +19,10 @@ substituters = http://10.90.0.1:8080/zstd
 trusted-public-keys = $(cat "$fixtures/keys/nix-csi-test-1.pub")
 download-attempts = 2
 CONF
+installed=$(kubectl -n nix-csi get daemonset nix-csi-node --ignore-not-found -o name)
 kubectl apply -k "$repo/manifests/overlays/e2e" >&2
+# The tag of the images never changes, so nothing else would tell the pods that there are new ones.
+[[ -z $installed ]] || kubectl -n nix-csi rollout restart daemonset/nix-csi-node deployment/nix-csi-webhook >&2
 kubectl -n nix-csi rollout status daemonset/nix-csi-node --timeout=60s >&2
 kubectl -n nix-csi rollout status deployment/nix-csi-webhook --timeout=60s >&2
 # Ready pods are not yet a caBundle in the configuration that the API server uses.

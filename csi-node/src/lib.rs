@@ -3,6 +3,7 @@
 //! Read [`publish`] first; it tells the story, and each of its steps is a module of its own.
 
 mod args;
+mod authority;
 pub mod config;
 mod driver;
 mod identity;

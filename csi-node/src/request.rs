@@ -133,7 +133,6 @@ fn target_path(target: &str, kubelet_dir: &Path) -> Result<PathBuf, RequestError
 mod tests {
     use super::*;
     use nix_csi_proto::csi::{NodePublishVolumeRequest, VolumeCapability, volume_capability::BlockVolume};
-    use rstest::rstest;
 
     fn request() -> NodePublishVolumeRequest {
         let context = [
@@ -165,22 +164,64 @@ mod tests {
 
     type Change = fn(&mut NodePublishVolumeRequest);
 
-    #[rstest]
-    #[case::no_id(|r| r.volume_id.clear(), "the request has no volume id")]
-    #[case::id_climbs(|r| r.volume_id = "../../etc".into(), "\"../../etc\" is not a volume id: expected up to 128 letters, digits, `-`, `_` and `.`, not beginning with `.`")]
-    #[case::no_target(|r| r.target_path.clear(), "the request has no target path")]
-    #[case::relative(|r| r.target_path = "pods/1".into(), "target path \"pods/1\" is not an absolute path without `..`")]
-    #[case::target_climbs(|r| r.target_path = "/var/lib/kubelet/pods/../x".into(), "target path \"/var/lib/kubelet/pods/../x\" is not an absolute path without `..`")]
-    #[case::target_elsewhere(|r| r.target_path = "/etc".into(), "target path /etc is not below /var/lib/kubelet/pods")]
-    #[case::target_is_the_directory(|r| r.target_path = "/var/lib/kubelet/pods".into(), "target path /var/lib/kubelet/pods is not below /var/lib/kubelet/pods")]
-    #[case::no_capability(|r| r.volume_capability = None, "the request has no volume capability")]
-    #[case::block(|r| r.volume_capability = Some(VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..Default::default() }), "a Nix volume is a file system; `volumeMode: Block` cannot be served")]
-    #[case::persistent(|r| drop(r.volume_context.remove(EPHEMERAL)), "this driver serves inline volumes of pods only; write `csi:` into the pod's `volumes`")]
-    #[case::no_pod(|r| drop(r.volume_context.remove(POD_UID)), "the request has no csi.storage.k8s.io/pod.uid")]
-    #[case::no_paths(|r| drop(r.volume_context.remove("paths")), "no volume attribute names a store path; set `paths`")]
-    fn what_is_refused(#[case] change: Change, #[case] message: &str) {
-        let mut request = request();
-        change(&mut request);
-        assert_eq!(parse(&request).unwrap_err().to_string(), message);
+    #[test]
+    fn what_is_refused() {
+        let cases: [(Change, &str); 12] = [
+            // no id
+            (|r| r.volume_id.clear(), "the request has no volume id"),
+            // id climbs
+            (
+                |r| r.volume_id = "../../etc".into(),
+                "\"../../etc\" is not a volume id: expected up to 128 letters, digits, `-`, `_` and `.`, not beginning with `.`",
+            ),
+            // no target
+            (|r| r.target_path.clear(), "the request has no target path"),
+            // relative
+            (
+                |r| r.target_path = "pods/1".into(),
+                "target path \"pods/1\" is not an absolute path without `..`",
+            ),
+            // target climbs
+            (
+                |r| r.target_path = "/var/lib/kubelet/pods/../x".into(),
+                "target path \"/var/lib/kubelet/pods/../x\" is not an absolute path without `..`",
+            ),
+            // target elsewhere
+            (|r| r.target_path = "/etc".into(), "target path /etc is not below /var/lib/kubelet/pods"),
+            // target is the directory
+            (
+                |r| r.target_path = "/var/lib/kubelet/pods".into(),
+                "target path /var/lib/kubelet/pods is not below /var/lib/kubelet/pods",
+            ),
+            // no capability
+            (|r| r.volume_capability = None, "the request has no volume capability"),
+            // block
+            (
+                |r| {
+                    r.volume_capability = Some(VolumeCapability {
+                        access_type: Some(AccessType::Block(BlockVolume {})),
+                        ..Default::default()
+                    })
+                },
+                "a Nix volume is a file system; `volumeMode: Block` cannot be served",
+            ),
+            // persistent
+            (
+                |r| drop(r.volume_context.remove(EPHEMERAL)),
+                "this driver serves inline volumes of pods only; write `csi:` into the pod's `volumes`",
+            ),
+            // no pod
+            (|r| drop(r.volume_context.remove(POD_UID)), "the request has no csi.storage.k8s.io/pod.uid"),
+            // no paths
+            (
+                |r| drop(r.volume_context.remove("paths")),
+                "no volume attribute names a store path; set `paths`",
+            ),
+        ];
+        for (change, message) in cases {
+            let mut request = request();
+            change(&mut request);
+            assert_eq!(parse(&request).unwrap_err().to_string(), message);
+        }
     }
 }

@@ -11,9 +11,11 @@ use nix_csi_proto::csi::node_server::NodeServer;
 use nix_csi_proto::registration::registration_server::RegistrationServer;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
+use crate::authority::AnyAuthority;
 use crate::driver::Driver;
 use crate::registration::Registrar;
 
@@ -74,10 +76,11 @@ pub async fn serve(
             until(stopped.clone()).await;
             return Ok(());
         };
+        let incoming = listen(path)?.map(|connection| connection.map(AnyAuthority::new));
         let registrar = Registrar { endpoint: sockets.csi_on_host.display().to_string(), registered };
         Server::builder()
             .add_service(RegistrationServer::new(registrar))
-            .serve_with_incoming_shutdown(listen(path)?, until(stopped.clone()))
+            .serve_with_incoming_shutdown(incoming, until(stopped.clone()))
             .await
             .map_err(|source| ServeError::Serve { path: path.clone(), source })
     };

@@ -25,7 +25,10 @@ pub struct Reviewer {
 pub fn review(reviewer: &Reviewer, body: &[u8]) -> AdmissionReview<DynamicObject> {
     let request = serde_json::from_slice::<AdmissionReview<DynamicObject>>(body)
         .map_err(|error| error.to_string())
-        .and_then(|review| review.request.ok_or_else(|| "it has no request".to_owned()));
+        // Not `review.request`: the conversion also keeps the kind and version to answer with.
+        .and_then(|review| {
+            TryInto::<AdmissionRequest<_>>::try_into(review).map_err(|error| error.to_string())
+        });
     match request {
         Ok(request) => answer(reviewer, &request).into_review(),
         Err(error) => {

@@ -24,7 +24,12 @@ async fn call(body: String) -> Value {
     let request = Request::post("/mutate").header("content-type", "application/json");
     let answer = router(serving).oneshot(request.body(Body::from(body)).unwrap()).await.unwrap();
     assert_eq!(answer.status(), 200);
-    serde_json::from_slice(&to_bytes(answer.into_body(), 1 << 20).await.unwrap()).unwrap()
+    let answer: Value =
+        serde_json::from_slice(&to_bytes(answer.into_body(), 1 << 20).await.unwrap()).unwrap();
+    // An API server takes no answer without them.
+    assert_eq!(answer["apiVersion"], "admission.k8s.io/v1", "{answer}");
+    assert_eq!(answer["kind"], "AdmissionReview");
+    answer
 }
 
 fn review(namespace: &str, pod: &Value) -> String {

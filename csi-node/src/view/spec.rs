@@ -62,7 +62,7 @@ mod tests {
     /// A changed id makes every node build every view again: that has to be meant.
     #[test]
     fn the_id_is_stable() {
-        assert_eq!(spec(&["a", "b"]).id().as_str(), "0icvkj9l7xdpzjpck8nn49iwznrnz3zk8cvwbsv2qgf7ln38ksgd");
+        assert_eq!(spec(&["a", "b"]).id().as_str(), "0mj1axr6jvizn4d6cmcnp6k9mjzn0xnlbfxzjrhwbl7kxkhk4ckq");
     }
 
     #[test]
