@@ -27,8 +27,9 @@ fn plain(name: &str) -> serde_json::Value {
 fn annotated(name: &str) -> Result<serde_json::Value> {
     let mut pod = plain(name);
     let path = |name: &str| Ok::<_, anyhow::Error>(Fixtures::find()?.get(name)?.path.to_string());
-    pod["metadata"]["annotations"] =
-        json!({"nix.lillecarl.com/packages": [path("coreutils")?, path("bash")?].join(" ")});
+    let packages = [path("coreutils")?, path("bash")?].join(" ");
+    pod["metadata"]["annotations"] = json!({"nix.lillecarl.com/packages": packages});
+    pod["spec"]["containers"][0]["command"] = json!(["sleep", "1000"]);
     Ok(pod)
 }
 
@@ -92,7 +93,7 @@ fn nothing_is_left() -> Result<()> {
         ensure!(sockets.is_empty(), "{sockets}");
         eventually("mounts to be gone", || {
             let mounts = on_node(&["cat", "/proc/self/mountinfo"])?;
-            Ok((!mounts.contains("/nix-csi/views") && !mounts.contains("nix-csi rw")).then_some(()))
+            Ok((!mounts.contains("/nix-csi/views") && !mounts.contains(" - overlay nix-csi ")).then_some(()))
         })?;
         // Kept, since nobody said otherwise.
         nix::verify(root)?;
