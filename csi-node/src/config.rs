@@ -81,7 +81,7 @@ impl Default for Config {
             require_sigs: true,
             http_connections: 64,
             connect_timeout: Duration::from_secs(15),
-            stalled_download_timeout: Duration::from_secs(300),
+            stalled_download_timeout: Duration::from_mins(5),
             download_attempts: 5,
         }
     }

@@ -201,7 +201,7 @@ mod tests {
                     r.volume_capability = Some(VolumeCapability {
                         access_type: Some(AccessType::Block(BlockVolume {})),
                         ..Default::default()
-                    })
+                    });
                 },
                 "a Nix volume is a file system; `volumeMode: Block` cannot be served",
             ),

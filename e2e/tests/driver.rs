@@ -74,7 +74,7 @@ impl Setup {
                 node_name: "node-under-test".into(),
                 system: System::X86_64Linux,
                 kubelet_dir: pods,
-                patience: Duration::from_secs(60),
+                patience: Duration::from_mins(1),
             },
         );
         let sockets = Sockets {

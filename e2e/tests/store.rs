@@ -1,4 +1,5 @@
 //! The node store, judged by real Nix.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,4 +1,5 @@
 //! Whole reviews through the router, as an API server sends them, and laws over arbitrary pods.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Arc;
 

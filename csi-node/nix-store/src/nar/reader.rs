@@ -405,13 +405,15 @@ mod tests {
     enum Tree {
         File { executable: bool, contents: Vec<u8> },
         Symlink(Vec<u8>),
-        Directory(BTreeMap<Vec<u8>, Tree>),
+        Directory(Entries),
     }
+
+    type Entries = BTreeMap<Vec<u8>, Tree>;
 
     /// Builds the tree again: a sink as simple as it can be.
     #[derive(Default)]
     struct Build {
-        open: Vec<(Vec<u8>, BTreeMap<Vec<u8>, Tree>)>,
+        open: Vec<(Vec<u8>, Entries)>,
         file: Option<(Vec<u8>, bool, Vec<u8>)>,
         root: Option<Tree>,
     }
