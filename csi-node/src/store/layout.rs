@@ -67,7 +67,7 @@ pub enum OpenError {
     Database(#[from] DatabaseError),
 }
 
-/// The paths under a root. Only names: apart from [`Layout::open`] nothing here touches the disk.
+/// The paths under a root. Only names: apart from `Layout::open` nothing here touches the disk.
 #[derive(Debug, Clone)]
 pub struct Layout {
     root: PathBuf,
