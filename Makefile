@@ -66,5 +66,5 @@ demo: setup images ## From nothing to a Deployment that runs a Nix package, show
 	e2e/demo.sh
 
 .PHONY: uninstall
-uninstall: ## Take nix-csi off the cluster of the current kubectl context; refuses while pods use it
-	manifests/uninstall.sh
+uninstall: ## Take nix-csi off the cluster of the current kubectl context; refuses while pods use it (ARGS=--delete-node-data)
+	manifests/uninstall.sh $(ARGS)

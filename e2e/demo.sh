@@ -38,15 +38,18 @@ spec:
 YAML
 sleep 4
 run kubectl get pods -l app=web
+read -r -a broken <<<"$(kubectl get pods -l app=web -o 'jsonpath={.items[*].metadata.name}')"
 
 say "One annotation on its pod template"
 patch=$(jq -n --arg packages "$hello $bash $coreutils" \
     '{spec: {template: {metadata: {annotations: {"nix.lillecarl.com/packages": $packages}}}}}')
 run kubectl patch deployment web --patch "$patch"
-run kubectl rollout status deployment/web --timeout=120s
+kubectl rollout status deployment/web --timeout=120s >/dev/null
+# The pods that could not start take a moment to go.
+kubectl wait --for=delete pod "${broken[@]}" --timeout=60s >/dev/null
 run kubectl get pods -l app=web
 run kubectl logs deployment/web --tail=2
-run kubectl get pods -l app=web -o 'jsonpath={range .items[0].spec}{.containers[0].image}{"\n"}{.volumes[*].csi}{"\n"}{end}'
+run kubectl get pods -l app=web -o 'jsonpath={.items[0].spec.containers[0].image}{"\n"}{.items[0].spec.volumes[*].csi}{"\n"}'
 
 say "A pod that writes below /nix: only it sees what it writes"
 kubectl apply -f - <<YAML

@@ -45,9 +45,6 @@ nix     xz                          xz-utils
 nix     sqlite3                     sqlite3
 build   cargo                       -
 build   gcc                         gcc
-build   mold                        mold
-build   mkfs.ext4                   e2fsprogs
-build   losetup                     mount
 '
 
 # Debian keeps some of these out of an ordinary user's PATH.

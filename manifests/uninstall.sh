@@ -3,14 +3,15 @@
 #
 #   uninstall.sh [--delete-node-data]
 #
-# Refuses, and changes nothing, while pods still use volumes: without a driver they could not end. What nodes
-# have fetched stays in /var/lib/nix-csi unless --delete-node-data says otherwise.
+# Refuses while pods still use volumes: without a driver they could not end. What nodes have fetched stays in
+# /var/lib/nix-csi unless --delete-node-data says otherwise. May be called again after it was interrupted.
 # Set KUBECTL to use another kubectl or context.
 set -euo pipefail
 
 manifests=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -r -a kubectl <<<"${KUBECTL:-kubectl}"
-kubectl() { "${kubectl[@]}" "$@"; }
+# `command`: the name in the array may be this function's own.
+kubectl() { command "${kubectl[@]}" "$@"; }
 
 delete_node_data=
 case ${1:-} in
@@ -30,26 +31,34 @@ refuse_while_used() {
     [[ -z $pods ]] || {
         echo "uninstall: these pods still use nix-csi volumes; delete them or their owners first:" >&2
         echo "$pods" >&2
+        echo "uninstall: $1" >&2
         exit 1
     }
 }
 
 delete() { kubectl delete --ignore-not-found --wait "$@"; }
 
-refuse_while_used
+# The driver's image can delete node data; found here, while there is still something that names it.
+image=$(kubectl -n nix-csi get daemonset nix-csi-node nix-csi-delete-node-data --ignore-not-found \
+    -o 'jsonpath={.items[0].spec.template.spec.containers[0].image}')
+[[ -z $delete_node_data || -n $image ]] ||
+    { echo "uninstall: no driver is installed, so nothing can delete node data" >&2; exit 1; }
+refuse_while_used "nothing was changed"
 delete mutatingwebhookconfiguration 00-nix-csi
 # Somebody may have been admitted in between.
-refuse_while_used
+refuse_while_used "only the webhook's configuration was removed; applying the manifests again restores it"
 delete -n nix-csi deployment,poddisruptionbudget,service nix-csi-webhook
 # What the driver serves, and its sockets, go when it is told to end.
-image=$(kubectl -n nix-csi get daemonset nix-csi-node --ignore-not-found \
-    -o 'jsonpath={.spec.template.spec.containers[0].image}')
-delete -n nix-csi daemonset nix-csi-node --cascade=foreground
+delete -n nix-csi daemonset nix-csi-node --cascade=foreground --timeout=5m ||
+    echo "uninstall: not every node answers; its driver goes when it does" >&2
 if [[ -n $delete_node_data ]]; then
-    [[ -n $image ]] || { echo "uninstall: no driver is installed, so nothing can delete node data" >&2; exit 1; }
     sed "s|image: nix-csi-node|image: $image|" "$manifests/delete-node-data.yaml" | kubectl apply -f -
-    kubectl -n nix-csi rollout status daemonset/nix-csi-delete-node-data --timeout=10m
-    delete -n nix-csi daemonset nix-csi-delete-node-data --cascade=foreground
+    kubectl -n nix-csi rollout status daemonset/nix-csi-delete-node-data --timeout=10m || {
+        echo "uninstall: data is still on the nodes of these pods; call again when they answer:" >&2
+        kubectl -n nix-csi get pods -l app.kubernetes.io/component=delete-node-data -o wide >&2
+        exit 1
+    }
+    delete -n nix-csi daemonset nix-csi-delete-node-data --cascade=foreground --timeout=5m
 fi
 delete csidriver nix-csi.lillecarl.com
 delete clusterrolebinding,clusterrole nix-csi-webhook

@@ -6,6 +6,10 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose,
 };
+use rustls::crypto::ring::sign::any_supported_type;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 use time::{Duration, OffsetDateTime};
 
 const CA_LIFETIME: Duration = Duration::days(3650);
@@ -85,14 +89,39 @@ impl Bundle {
         Ok([not_after(&self.ca_crt, "ca.crt")?, not_after(&self.tls_crt, "tls.crt")?])
     }
 
-    /// What must be done about it at `now`.
-    pub fn due(&self, now: OffsetDateTime) -> Due {
+    /// What must be done about it at `now`, so that it can be served as `names`.
+    pub fn due(&self, names: &[String], now: OffsetDateTime) -> Due {
         match self.ends() {
             // A leaf must not outlive its CA, so the CA goes first.
             Ok([ca, _]) if ca - now < LEAF_LIFETIME => Due::NewAuthority,
             Ok([_, leaf]) if leaf - now < LEAF_RENEWAL => Due::NewCertificate,
+            Ok(_) if self.certified_key().is_err() || !self.is_for(names) => Due::NewCertificate,
             Ok(_) => Due::Nothing,
             Err(_) => Due::NewAuthority,
+        }
+    }
+
+    /// Whether the serving certificate has all of `names`.
+    fn is_for(&self, names: &[String]) -> bool {
+        let Ok((_, pem)) = x509_parser::pem::parse_x509_pem(self.tls_crt.as_bytes()) else { return false };
+        let Ok(certificate) = pem.parse_x509() else { return false };
+        let Ok(Some(found)) = certificate.subject_alternative_name() else { return false };
+        let found: Vec<_> = found.value.general_names.iter().map(ToString::to_string).collect();
+        names.iter().all(|name| found.iter().any(|found| found == &format!("DNSName({name})")))
+    }
+
+    /// The serving certificate as rustls wants it; an error if its key is another's.
+    pub(crate) fn certified_key(&self) -> Result<CertifiedKey, BundleError> {
+        let chain = CertificateDer::pem_slice_iter(self.tls_crt.as_bytes())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_| BundleError::Unreadable("tls.crt"))?;
+        let key = PrivateKeyDer::from_pem_slice(self.tls_key.as_bytes())
+            .map_err(|_| BundleError::Unreadable("tls.key"))?;
+        let key = CertifiedKey::new(chain, any_supported_type(&key)?);
+        // Unknown is what a provider says that cannot compare; only a real mismatch is an error.
+        match key.keys_match() {
+            Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => Ok(key),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -159,13 +188,13 @@ mod tests {
     fn a_certificate_is_renewed_before_it_ends_and_the_ca_before_that() {
         let made = OffsetDateTime::UNIX_EPOCH + Duration::days(20_000);
         let bundle = Bundle::generate(&names(), made).unwrap();
-        assert_eq!(bundle.due(made), Due::Nothing);
-        assert_eq!(bundle.due(made + Duration::days(59)), Due::Nothing);
-        assert_eq!(bundle.due(made + Duration::days(61)), Due::NewCertificate);
-        assert_eq!(bundle.due(made + Duration::days(3600)), Due::NewAuthority);
+        assert_eq!(bundle.due(&names(), made), Due::Nothing);
+        assert_eq!(bundle.due(&names(), made + Duration::days(59)), Due::Nothing);
+        assert_eq!(bundle.due(&names(), made + Duration::days(61)), Due::NewCertificate);
+        assert_eq!(bundle.due(&names(), made + Duration::days(3600)), Due::NewAuthority);
         let renewed = bundle.renew(&names(), made + Duration::days(61)).unwrap();
         assert_eq!(renewed.ca_crt, bundle.ca_crt);
-        assert_eq!(renewed.due(made + Duration::days(61)), Due::Nothing);
+        assert_eq!(renewed.due(&names(), made + Duration::days(61)), Due::Nothing);
     }
 
     #[test]
@@ -179,8 +208,14 @@ mod tests {
 
     #[test]
     fn damage_asks_for_a_new_one() {
-        let mut bundle = Bundle::generate(&names(), OffsetDateTime::now_utc()).unwrap();
+        let now = OffsetDateTime::now_utc();
+        let good = Bundle::generate(&names(), now).unwrap();
+        let mut bundle = good.clone();
         bundle.tls_crt = "damaged".to_owned();
-        assert_eq!(bundle.due(OffsetDateTime::now_utc()), Due::NewAuthority);
+        assert_eq!(bundle.due(&names(), now), Due::NewAuthority);
+        let mut bundle = good.clone();
+        bundle.tls_key = Bundle::generate(&names(), now).unwrap().tls_key;
+        assert_eq!(bundle.due(&names(), now), Due::NewCertificate);
+        assert_eq!(good.due(&["another.svc".to_owned()], now), Due::NewCertificate);
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use data_encoding::BASE64;
-use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
+use k8s_openapi::api::admissionregistration::v1::{MutatingWebhook, MutatingWebhookConfiguration};
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
@@ -14,7 +14,9 @@ use crate::bundle::{Bundle, BundleError, Due};
 use crate::resolver::LiveCertificate;
 
 /// Checked by the wall clock and often: a long sleep does not notice that a machine was suspended.
-const INTERVAL: Duration = Duration::from_secs(30);
+const INTERVAL: Duration = Duration::from_secs(10);
+/// The first pause after something failed.
+const RETRY: Duration = Duration::from_millis(200);
 const FIELD_MANAGER: &str = "nix-csi-webhook-ca";
 
 /// Why the certificates are not in order.
@@ -69,25 +71,30 @@ impl Keeper {
 
     /// Looks after the certificates for ever. What fails is tried again; what is served stays.
     pub async fn run(self) {
-        let mut pause = Duration::from_millis(200);
+        let mut retry = RETRY;
         loop {
             match self.check().await {
-                Ok(()) => pause = INTERVAL,
+                Ok(()) => {
+                    retry = RETRY;
+                    tokio::time::sleep(INTERVAL).await;
+                }
                 Err(error) => {
                     let cause = std::error::Error::source(&error).map(ToString::to_string);
                     tracing::warn!(%error, cause, "certificates are not in order");
-                    pause = (pause * 2).min(INTERVAL);
+                    tokio::time::sleep(retry).await;
+                    retry = (retry * 2).min(INTERVAL);
                 }
             }
-            tokio::time::sleep(pause).await;
         }
     }
 
-    /// Makes everything agree, once.
+    /// Makes everything agree, once. API servers learn of a new CA before anybody serves with it.
     pub async fn check(&self) -> Result<(), KeeperError> {
         let bundle = self.ensure_secret().await?;
+        let told = self.ensure_ca_bundle(&bundle).await;
+        // A certificate that is not trusted yet is still better than none.
         self.live.set(&bundle)?;
-        self.ensure_ca_bundle(&bundle).await
+        told
     }
 
     /// What the Secret holds, after making or renewing it if need be.
@@ -104,9 +111,12 @@ impl Keeper {
                 let data = secret.data.as_ref()?;
                 Bundle::from_data(|key| data.get(key).map(|bytes| bytes.0.as_slice())).ok()
             });
-            let new = match old.as_ref().map(|bundle| (bundle, bundle.due(now))) {
+            let new = match old.as_ref().map(|bundle| (bundle, bundle.due(&self.names, now))) {
                 Some((bundle, Due::Nothing)) => return Ok(bundle.clone()),
-                Some((bundle, Due::NewCertificate)) => bundle.renew(&self.names, now)?,
+                // A CA whose key is damaged cannot sign: then it is as good as none.
+                Some((bundle, Due::NewCertificate)) => {
+                    bundle.renew(&self.names, now).or_else(|_| Bundle::generate(&self.names, now))?
+                }
                 Some((_, Due::NewAuthority)) | None => Bundle::generate(&self.names, now)?,
             };
             let wanted = |resource_version| Secret {
@@ -148,11 +158,16 @@ impl Keeper {
         };
         let found = configurations.get(&self.configuration).await.map_err(api("read"))?;
         let webhooks = found.webhooks.unwrap_or_default();
-        let is_right = |ca: &[u8]| ca == bundle.ca_crt.as_bytes();
-        if webhooks.iter().all(|w| w.client_config.ca_bundle.as_ref().is_some_and(|ca| is_right(&ca.0))) {
+        let present = |w: &MutatingWebhook| w.client_config.ca_bundle.as_ref().map(|ca| ca.0.clone());
+        let ours = bundle.ca_crt.trim();
+        let has_ours = |ca: Vec<u8>| String::from_utf8_lossy(&ca).contains(ours);
+        if webhooks.iter().all(|w| present(w).is_some_and(has_ours)) {
             return Ok(());
         }
-        let ca = BASE64.encode(bundle.ca_crt.as_bytes());
+        // The one before stays beside it: other replicas may serve with it for a moment.
+        let before = webhooks.iter().find_map(present).unwrap_or_default();
+        let before = newest_certificate(&String::from_utf8_lossy(&before));
+        let ca = BASE64.encode(format!("{ours}\n{before}").as_bytes());
         let webhooks: Vec<_> = webhooks
             .iter()
             .map(|w| serde_json::json!({ "name": w.name, "clientConfig": { "caBundle": ca } }))
@@ -169,5 +184,24 @@ impl Keeper {
             .map_err(api("write caBundle of"))?;
         tracing::info!(configuration = self.configuration, "wrote caBundle");
         Ok(())
+    }
+}
+
+/// The first certificate of a bundle: new ones are put before old ones.
+fn newest_certificate(bundle: &str) -> String {
+    const END: &str = "-----END CERTIFICATE-----";
+    bundle.find(END).map(|at| format!("{}\n", bundle[..at + END.len()].trim())).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_older_authority_is_kept() {
+        let pem = |text: &str| format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n");
+        assert_eq!(newest_certificate(&format!("{}{}", pem("b"), pem("a"))), pem("b"));
+        assert_eq!(newest_certificate(""), "");
+        assert_eq!(newest_certificate("Cg=="), "");
     }
 }

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 use rustls::ServerConfig;
-use rustls::crypto::ring::{default_provider, sign::any_supported_type};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::crypto::ring::default_provider;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
@@ -19,17 +17,7 @@ pub struct LiveCertificate(ArcSwapOption<CertifiedKey>);
 impl LiveCertificate {
     /// Serves with `bundle` from the next handshake on.
     pub fn set(&self, bundle: &Bundle) -> Result<(), BundleError> {
-        let chain = CertificateDer::pem_slice_iter(bundle.tls_crt.as_bytes())
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|_| BundleError::Unreadable("tls.crt"))?;
-        let key = PrivateKeyDer::from_pem_slice(bundle.tls_key.as_bytes())
-            .map_err(|_| BundleError::Unreadable("tls.key"))?;
-        let key = CertifiedKey::new(chain, any_supported_type(&key)?);
-        // Unknown is what a provider says that cannot compare; only a real mismatch is an error.
-        match key.keys_match() {
-            Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
-            Err(error) => return Err(error.into()),
-        }
+        let key = bundle.certified_key()?;
         self.0.store(Some(Arc::new(key)));
         Ok(())
     }

@@ -190,7 +190,7 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
         DriverOptions {
             node_name: options.node_name,
             system: System::current(),
-            kubelet_dir: options.kubelet_dir.join("pods"),
+            pods_dir: options.kubelet_dir.join("pods"),
             patience: Duration::from_secs(options.patience),
         },
     );

@@ -21,7 +21,7 @@ pub struct DriverOptions {
     /// What store paths this node can run.
     pub system: System,
     /// Where kubelet keeps its pods: no other place is ever mounted on.
-    pub kubelet_dir: PathBuf,
+    pub pods_dir: PathBuf,
     /// How long a call waits for a fetch. Kubelet's own deadline is two minutes.
     pub patience: Duration,
 }

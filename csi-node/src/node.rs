@@ -19,9 +19,8 @@ impl Node for Driver {
         &self,
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
-        let request =
-            PublishRequest::parse(request.get_ref(), self.options.system, &self.options.kubelet_dir)
-                .map_err(|error| status(&error.into()))?;
+        let request = PublishRequest::parse(request.get_ref(), self.options.system, &self.options.pods_dir)
+            .map_err(|error| status(&error.into()))?;
         let span = tracing::info_span!(
             "publish",
             volume.id = %request.volume,
@@ -41,7 +40,7 @@ impl Node for Driver {
         &self,
         request: Request<NodeUnpublishVolumeRequest>,
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
-        let request = UnpublishRequest::parse(request.get_ref(), &self.options.kubelet_dir)
+        let request = UnpublishRequest::parse(request.get_ref(), &self.options.pods_dir)
             .map_err(|error| status(&error.into()))?;
         let span = tracing::info_span!("unpublish", volume.id = %request.volume);
         async {

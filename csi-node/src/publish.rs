@@ -13,6 +13,7 @@ use tonic::Code;
 use crate::driver::Driver;
 use crate::mount::{self, MountError, MountRequest};
 use crate::ops::Busy;
+use crate::path_error::PathError;
 use crate::request::{PublishRequest, RequestError, UnpublishRequest};
 use crate::store::{DatabaseError, RegisterError};
 use crate::substituter::{CacheError, Closure, FetchError, Progress, Waited};
@@ -47,13 +48,8 @@ pub enum PublishError {
     #[error(transparent)]
     Mount(#[from] MountError),
     /// The directory to mount on cannot be made.
-    #[error("cannot create {}", path.display())]
-    Target {
-        /// The directory.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    Target(PathError),
     /// The same volume, with other arguments.
     #[error("volume {volume} is published at {} with other arguments", target.display())]
     Different {
@@ -88,9 +84,9 @@ impl PublishError {
             Self::Busy(_) | Self::Fetching(_) | Self::Building => Code::Aborted,
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
-            Self::View(ViewError::Io { source, .. })
-            | Self::Volume(VolumeError::Io { source, .. })
-            | Self::Target { source, .. } => io_code(source),
+            Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
+                io_code(&error.source)
+            }
             Self::Volume(VolumeError::Damaged { .. }) | Self::Mount(_) => Code::Internal,
             Self::Different { .. } | Self::Occupied { .. } => Code::AlreadyExists,
             Self::Elsewhere { .. } => Code::FailedPrecondition,
@@ -116,11 +112,10 @@ fn fetch_code(error: &FetchError) -> Code {
         | FetchError::Nar { .. }
         | FetchError::Size { .. }
         | FetchError::Hash { .. } => Code::DataLoss,
-        FetchError::Restore { source, .. }
-        | FetchError::Staging(source)
-        | FetchError::Register(RegisterError::Io { source, .. }) => io_code(source),
+        FetchError::Restore { source, .. } | FetchError::Staging(source) => io_code(source),
+        FetchError::Register(RegisterError::Io(error)) => io_code(&error.source),
         FetchError::Register(RegisterError::Database(error)) | FetchError::Database(error) => match error {
-            DatabaseError::Io { source, .. } => io_code(source),
+            DatabaseError::Io(error) => io_code(&error.source),
             DatabaseError::Sqlite(_)
             | DatabaseError::Schema { .. }
             | DatabaseError::Row(_)
@@ -260,7 +255,7 @@ impl Driver {
         // Only the last directory: if kubelet has removed the pod's own, the pod is gone.
         match std::fs::create_dir(&record.target) {
             Err(source) if source.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(PublishError::Target { path: record.target.clone(), source });
+                return Err(PublishError::Target(PathError::on("create", &record.target)(source)));
             }
             _ => {}
         }

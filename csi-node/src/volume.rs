@@ -15,6 +15,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::path_error::PathError;
 use crate::store::NodeStore;
 
 /// A volume id that can be the name of a directory.
@@ -105,15 +106,8 @@ pub struct Record {
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A system call failed.
-    #[error("cannot {op} {}", path.display())]
-    Io {
-        /// What was tried.
-        op: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// Somebody damaged it.
     #[error("{} is not a volume record; delete it once nothing is mounted there", path.display())]
     Damaged {
@@ -122,11 +116,6 @@ pub enum VolumeError {
         /// What is wrong with it.
         source: serde_json::Error,
     },
-}
-
-fn io(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError + use<> {
-    let path = path.to_owned();
-    move |source| VolumeError::Io { op, path, source }
 }
 
 /// The volumes of a node store.
@@ -169,7 +158,7 @@ impl Volumes {
                 .map(Some)
                 .map_err(|source| VolumeError::Damaged { path, source }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(io("read", &path)(error)),
+            Err(error) => Err(PathError::on("read", &path)(error).into()),
         }
     }
 
@@ -184,15 +173,20 @@ impl Volumes {
             make_dir(&work, 0o700)?;
         }
         let (path, beside) = (dir.join("record.json"), dir.join(".record.json"));
-        let text = serde_json::to_vec(record).map_err(|e| io("write", &path)(e.into()))?;
-        fs::write(&beside, text).and_then(|()| fs::rename(&beside, &path)).map_err(io("write", &path))
+        let text = serde_json::to_vec(record).map_err(PathError::on("write", &path))?;
+        fs::write(&beside, text)
+            .and_then(|()| fs::rename(&beside, &path))
+            .map_err(PathError::on("write", &path))?;
+        Ok(())
     }
 
     /// Forgets `id` and deletes its own files, by way of the trash. Unknown is well too.
     pub fn remove(&self, store: &NodeStore, id: &VolumeId) -> Result<(), VolumeError> {
         let dir = self.volume(id);
         match store.discard(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", &dir)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(PathError::on("remove", &dir)(error).into())
+            }
             _ => Ok(()),
         }
     }
@@ -202,11 +196,11 @@ impl Volumes {
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io("read", &self.dir)(error)),
+            Err(error) => return Err(PathError::on("read", &self.dir)(error).into()),
         };
         let mut records = Vec::new();
         for entry in entries {
-            let name = entry.map_err(io("read", &self.dir))?.file_name();
+            let name = entry.map_err(PathError::on("read", &self.dir))?.file_name();
             let Some(id) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
             records.extend(self.read(&id).transpose());
         }
@@ -216,7 +210,9 @@ impl Volumes {
 
 fn make_dir(dir: &Path, mode: u32) -> Result<(), VolumeError> {
     match fs::DirBuilder::new().mode(mode).create(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io("create", dir)(error)),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(PathError::on("create", dir)(error).into())
+        }
         _ => Ok(()),
     }
 }

@@ -73,7 +73,7 @@ impl Setup {
             DriverOptions {
                 node_name: "node-under-test".into(),
                 system: System::X86_64Linux,
-                kubelet_dir: pods,
+                pods_dir: pods,
                 patience: Duration::from_mins(1),
             },
         );

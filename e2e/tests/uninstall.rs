@@ -1,5 +1,7 @@
 //! Taking nix-csi off a cluster. The last test: afterwards there is nothing to test.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -8,10 +10,17 @@ use nix_csi_e2e::cluster::{Namespace, eventually, kubectl, on_node, with_namespa
 use nix_csi_e2e::{Fixtures, nix};
 use serde_json::json;
 
-fn uninstall(args: &[&str]) -> Result<Output> {
+/// `make uninstall`, with a kubectl in `PATH` as people have it: one that is already told which cluster.
+fn uninstall(args: &str) -> Result<Output> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let kubectl = format!("{} kubectl", here.join("cluster").display());
-    Ok(Command::new(here.join("../manifests/uninstall.sh")).args(args).env("KUBECTL", kubectl).output()?)
+    let bin = tempfile::tempdir()?;
+    let kubectl = bin.path().join("kubectl");
+    fs::write(&kubectl, format!("#!/bin/sh\nexec {} kubectl \"$@\"\n", here.join("cluster").display()))?;
+    fs::set_permissions(&kubectl, fs::Permissions::from_mode(0o755))?;
+    let path = format!("{}:{}", bin.path().display(), std::env::var("PATH")?);
+    let mut make = Command::new("make");
+    make.args(["--silent", "-C"]).arg(here.join("..")).arg("uninstall").arg(format!("ARGS={args}"));
+    Ok(make.env("PATH", path).output()?)
 }
 
 fn plain(name: &str) -> serde_json::Value {
@@ -60,7 +69,7 @@ fn nothing_is_left() -> Result<()> {
         namespace.ready("user")?;
         with_a_dead_webhook(namespace)?;
 
-        let refused = uninstall(&[])?;
+        let refused = uninstall("")?;
         let text = String::from_utf8_lossy(&refused.stderr).into_owned();
         ensure!(!refused.status.success() && text.contains("last/user"), "{text}");
         // And nothing was changed: the driver still ends the pod.
@@ -74,7 +83,7 @@ fn nothing_is_left() -> Result<()> {
         ])?;
         let root = Path::new(root.trim());
         nix::verify(root)?;
-        let done = uninstall(&[])?;
+        let done = uninstall("")?;
         ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let left = kubectl(&[
             "get",
@@ -102,7 +111,7 @@ fn nothing_is_left() -> Result<()> {
     // Installed again, it finds what it had; and now it takes it along.
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("install.sh");
     ensure!(Command::new(install).status()?.success(), "e2e/install.sh");
-    let done = uninstall(&["--delete-node-data"])?;
+    let done = uninstall("--delete-node-data")?;
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     assert_eq!(on_node(&["ls", "-A", "/var/lib/nix-csi"])?, "");
     Ok(())

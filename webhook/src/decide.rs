@@ -1,6 +1,7 @@
 //! Pod and policy to a plan: which containers, which volumes, and what each container gets. Pure.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use data_encoding::HEXLOWER;
 use nix_csi_proto::annotations;
@@ -9,6 +10,7 @@ use nix_csi_proto::{References, System};
 use ring::digest::{SHA256, digest};
 use serde_json::Value;
 
+use crate::sidecars;
 use crate::status::{Injected, Status};
 use crate::wish::{Command, Image, Selection, Wish, WishError};
 
@@ -50,13 +52,15 @@ pub enum Denial {
     },
     /// Something else is where the packages must be.
     #[error(
-        "container {container} already mounts volume {volume:?} at /nix; remove that mount or the annotation"
+        "container {container} already mounts volume {volume:?} at {at}; remove that mount or the annotation"
     )]
     Occupied {
         /// The container.
         container: String,
         /// What it mounts there.
         volume: String,
+        /// Where.
+        at: String,
     },
     /// An overlay cannot be mapped to a user namespace.
     #[error(
@@ -64,6 +68,9 @@ pub enum Denial {
         annotations::MODE
     )]
     HostUsers,
+    /// Another system than the programs are for.
+    #[error("Nix packages run on Linux, and spec.os.name says otherwise; remove {}", annotations::PACKAGES)]
+    NotLinux,
     /// Not a pod.
     #[error("the object is not a pod with containers")]
     NotAPod,
@@ -74,7 +81,7 @@ pub enum Denial {
 pub enum Decision {
     /// Nothing, and why.
     Leave {
-        /// For metrics and audit: one word.
+        /// For the audit log: one word.
         reason: &'static str,
         /// For the person, if it is something to act on.
         warnings: Vec<String>,
@@ -127,15 +134,15 @@ pub struct ContainerPlan {
 /// What becomes of `pod`.
 pub fn decide(pod: &Value, policy: &Policy) -> Result<Decision, Denial> {
     let leave = |reason, warnings| Ok(Decision::Leave { reason, warnings });
+    if is_mirror(pod) {
+        return leave("mirror-pod", Vec::new());
+    }
     let annotations = pod.pointer("/metadata/annotations").and_then(Value::as_object);
     let texts =
         annotations.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)));
     let wish = Wish::parse(texts)?;
     if wish.disabled {
         return leave("disabled", Vec::new());
-    }
-    if is_mirror(pod) {
-        return leave("mirror-pod", Vec::new());
     }
     let mut warnings = Vec::new();
     if wish.farm {
@@ -147,12 +154,22 @@ pub fn decide(pod: &Value, policy: &Policy) -> Result<Decision, Denial> {
         }
         return leave("no-packages", warnings);
     }
+    if pod.pointer("/spec/os/name").and_then(Value::as_str).is_some_and(|os| os != "linux") {
+        return Err(Denial::NotLinux);
+    }
     if wish.read_write && pod.pointer("/spec/hostUsers") == Some(&Value::Bool(false)) {
         return Err(Denial::HostUsers);
     }
-    let mut planner =
-        Planner { pod, policy, wish: &wish, status: Status::of(pod), plan: Plan::empty(warnings) };
-    for container in planner.chosen()? {
+    let (status, plan) = (Status::of(pod), Plan::empty(warnings));
+    let mut planner = Planner { pod, policy, wish: &wish, status, wish_digest: digest_of_wish(pod), plan };
+    let chosen = planner.chosen()?;
+    let without =
+        wish.command_of.keys().filter(|name| !chosen.iter().any(|container| name_of(container) == **name));
+    planner
+        .plan
+        .warnings
+        .extend(without.map(|name| format!("{}.{name}: the container is not chosen", annotations::COMMAND)));
+    for container in chosen {
         planner.add(container)?;
     }
     Ok(Decision::Inject(planner.finish()))
@@ -183,6 +200,7 @@ struct Planner<'a> {
     policy: &'a Policy,
     wish: &'a Wish,
     status: Option<Status>,
+    wish_digest: String,
     plan: Plan,
 }
 
@@ -208,10 +226,12 @@ impl<'a> Planner<'a> {
         }
         let own = |name: &str| self.wish.packages_of.contains_key(name);
         let is_main = |name: &str| main.iter().any(|container| name_of(container) == name);
+        let sidecars = sidecars::of(self.pod);
+        let is_main = |name: &str| is_main(name) && !sidecars.contains(name);
         // Later calls must not take what another webhook added in between.
         let first_seen = |container: &Value| match &self.status {
-            Some(status) if all().any(|container| status.confirmed(container).is_some()) => {
-                status.confirmed(container).is_some()
+            Some(status) if all().any(|container| status.confirmed(self.pod, container).is_some()) => {
+                status.confirmed(self.pod, container).is_some()
             }
             _ => true,
         };
@@ -246,7 +266,10 @@ impl<'a> Planner<'a> {
         let volume = self.volume(packages);
         self.check_mounts(container, &volume)?;
         let image = self.image(container);
-        let command = self.command(container, packages, image.is_some(), &volume);
+        let swapped = image.is_some();
+        // The same wish was served before: whoever changed the image since then had a reason.
+        let image = image.filter(|_| !self.is_served(container));
+        let command = self.command(container, packages, swapped, &volume);
         self.plan.containers.push(ContainerPlan {
             name: name.to_owned(),
             volume,
@@ -271,17 +294,27 @@ impl<'a> Planner<'a> {
     }
 
     fn check_mounts(&self, container: &Value, volume: &str) -> Result<(), Denial> {
-        let ours = self.status.as_ref().and_then(|status| status.confirmed(container));
+        let ours = self.status.as_ref().and_then(|status| status.confirmed(self.pod, container));
         for mount in container.get("volumeMounts").and_then(Value::as_array).into_iter().flatten() {
             let at = mount.get("mountPath").and_then(Value::as_str).unwrap_or_default();
             let of = mount.get("name").and_then(Value::as_str).unwrap_or_default();
-            let known = of == volume || ours.is_some_and(|injected| injected.volume == of);
-            if at.trim_end_matches('/') == "/nix" && !known {
+            let known = at.trim_end_matches('/') == "/nix"
+                && (of == volume || ours.is_some_and(|injected| injected.volume == of));
+            // Below it, too: it would hide a part of the packages, or find no directory to be mounted on.
+            if Path::new(at).starts_with("/nix") && !known {
                 let (container, volume) = (name_of(container).to_owned(), of.to_owned());
-                return Err(Denial::Occupied { container, volume });
+                return Err(Denial::Occupied { container, volume, at: at.to_owned() });
             }
         }
         Ok(())
+    }
+
+    /// Whether an earlier call did to this container what the annotations say now.
+    fn is_served(&self, container: &Value) -> bool {
+        let served = |status: &Status| {
+            status.wish == self.wish_digest && status.confirmed(self.pod, container).is_some()
+        };
+        self.status.as_ref().is_some_and(served)
     }
 
     /// The image to set; none if it stays.
@@ -323,26 +356,31 @@ impl<'a> Planner<'a> {
         let present: Vec<_> =
             container.get("command").and_then(Value::as_array).into_iter().flatten().collect();
         let ours = present.len() == 1 && present[0].as_str() == Some(&entry[0]);
-        if !present.is_empty() && !ours {
+        // Another webhook may have wrapped what an earlier call set: the link is needed all the same.
+        let args = container.get("args").and_then(Value::as_array).into_iter().flatten();
+        let wrapped = !ours && present.iter().copied().chain(args).any(|arg| arg.as_str() == Some(&entry[0]));
+        if !present.is_empty() && !ours && !wrapped {
             return None;
         }
         let wished = self.wish.command_of.get(name).or(self.wish.command.as_ref());
         let program = match wished {
+            Some(Command::Exact(_)) if wrapped => return None,
             Some(Command::Exact(command)) => return Some(command.clone()),
             Some(Command::Program(program)) => program.clone(),
             None => {
-                let first = packages.items().first().and_then(|item| item.reference.program.clone());
+                let first = packages.items().first().filter(|item| item.system.is_none());
+                let first = first.and_then(|item| item.reference.program.clone());
                 match first {
                     Some(program) => program,
                     // Its own image knows what it runs.
-                    None if !swapped && !ours => return None,
+                    None if !swapped && !ours && !wrapped => return None,
                     None => ENTRYPOINT_AUTO.to_owned(),
                 }
             }
         };
         let planned = self.plan.volumes.iter_mut().find(|planned| planned.name == volume)?;
         planned.attributes.insert(format!("{ENTRYPOINT}.{name}"), program);
-        Some(entry)
+        (!wrapped).then_some(entry)
     }
 
     fn finish(mut self) -> Plan {
@@ -352,14 +390,15 @@ impl<'a> Planner<'a> {
             let Some(plan) = self.plan.containers.iter().find(|plan| plan.name == name_of(container)) else {
                 continue;
             };
-            let before = self.status.as_ref().and_then(|status| status.confirmed(container));
-            let image = plan.image.as_ref().and_then(|new| {
-                let current = container.get("image").and_then(Value::as_str);
-                match before {
-                    Some(before) if current == Some(new) => before.image.clone(),
-                    _ => current.map(str::to_owned),
-                }
-            });
+            let before = self.status.as_ref().and_then(|status| status.confirmed(self.pod, container));
+            let current = container.get("image").and_then(Value::as_str);
+            let image = match (before, &plan.image) {
+                (Some(before), Some(new)) if current != Some(new) && before.image.is_none() => current,
+                (Some(before), _) => before.image.as_deref(),
+                (None, Some(_)) => current,
+                (None, None) => None,
+            };
+            let image = image.map(str::to_owned);
             injected.insert(plan.name.clone(), Injected { volume: plan.volume.clone(), image });
             if let Some(before) = before
                 && !self.plan.volumes.iter().any(|volume| volume.name == before.volume)
@@ -368,11 +407,24 @@ impl<'a> Planner<'a> {
                 self.plan.obsolete.push(before.volume.clone());
             }
         }
-        let status = Status { v: 1, source: "pod".to_owned(), containers: injected };
+        let wish = std::mem::take(&mut self.wish_digest);
+        let status = Status { v: 1, source: "pod".to_owned(), wish, containers: injected };
         // A struct of strings always becomes JSON.
         self.plan.status = serde_json::to_string(&status).unwrap_or_default();
         self.plan
     }
+}
+
+/// Changes when an annotation of ours does.
+fn digest_of_wish(pod: &Value) -> String {
+    let all = pod.pointer("/metadata/annotations").and_then(Value::as_object);
+    let ours: BTreeMap<_, _> = all
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| key.starts_with(annotations::PREFIX) && *key != annotations::STATUS)
+        .collect();
+    let text = serde_json::json!(ours).to_string();
+    HEXLOWER.encode(&digest(&SHA256, text.as_bytes()).as_ref()[..8])
 }
 
 /// Lists by system: a node uses the one of its own system instead of `paths`, so that one has it all.

@@ -6,6 +6,7 @@ use nix_csi_proto::volume::RESULT;
 use serde_json::{Map, Value, json};
 
 use crate::decide::{ContainerPlan, Plan, VolumePlan};
+use crate::status::{is_at_nix, is_ours};
 
 /// What a container finds when it sets no `PATH` of its own: ours, then what images commonly have.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -17,7 +18,6 @@ pub fn inject(pod: &Value, plan: &Plan) -> Value {
     let mut pod = pod.clone();
     if let Some(spec) = pod.get_mut("spec").and_then(Value::as_object_mut) {
         let volumes = array(spec, "volumes");
-        volumes.retain(|volume| !is_obsolete(volume, plan));
         for volume in &plan.volumes {
             set_named(volumes, volume_value(volume));
         }
@@ -31,6 +31,7 @@ pub fn inject(pod: &Value, plan: &Plan) -> Value {
             }
         }
     }
+    remove_obsolete(&mut pod, plan);
     if let Some(metadata) = object(&mut pod, "metadata")
         && let Some(annotations) = entry_object(metadata, "annotations")
     {
@@ -39,11 +40,22 @@ pub fn inject(pod: &Value, plan: &Plan) -> Value {
     pod
 }
 
-/// Only what the record says is ours, and only if it is a volume of our driver.
-fn is_obsolete(volume: &Value, plan: &Plan) -> bool {
-    let name = volume.get("name").and_then(Value::as_str).unwrap_or_default();
-    plan.obsolete.iter().any(|obsolete| obsolete == name)
-        && volume.pointer("/csi/driver").and_then(Value::as_str) == Some(DRIVER_NAME)
+/// Takes away volumes of an earlier call that no container mounts any more.
+fn remove_obsolete(pod: &mut Value, plan: &Plan) {
+    let of =
+        |pod: &Value, field: &str| pod.pointer(&format!("/spec/{field}")).and_then(Value::as_array).cloned();
+    let containers =
+        ["initContainers", "containers"].into_iter().filter_map(|field| of(pod, field)).flatten();
+    let mounts =
+        containers.filter_map(|container| container.get("volumeMounts")?.as_array().cloned()).flatten();
+    let mounted: Vec<_> = mounts.filter_map(|mount| Some(mount.get("name")?.as_str()?.to_owned())).collect();
+    let unused: Vec<_> =
+        plan.obsolete.iter().filter(|name| !mounted.contains(name) && is_ours(pod, name)).cloned().collect();
+    if let Some(volumes) = pod.pointer_mut("/spec/volumes").and_then(Value::as_array_mut) {
+        volumes.retain(|volume| {
+            !unused.iter().any(|name| volume.get("name").and_then(Value::as_str) == Some(name))
+        });
+    }
 }
 
 fn volume_value(volume: &VolumePlan) -> Value {
@@ -59,14 +71,11 @@ fn volume_value(volume: &VolumePlan) -> Value {
 
 fn inject_container(container: &mut Map<String, Value>, of: &ContainerPlan, plan: &Plan) {
     let mounts = array(container, "volumeMounts");
-    mounts.retain(|mount| {
-        let name = mount.get("name").and_then(Value::as_str).unwrap_or_default();
-        !plan.obsolete.iter().any(|obsolete| obsolete == name)
-    });
+    mounts.retain(|mount| !plan.obsolete.iter().any(|obsolete| is_at_nix(mount, obsolete)));
     set_named(mounts, json!({ "name": of.volume, "mountPath": "/nix", "readOnly": of.read_only }));
     if let Some(image) = &of.image {
         container.insert("image".to_owned(), image.clone().into());
-        // What is pinned need not be looked for each time, and a node without network can start.
+        // The image is there to be empty: a node that has it need not ask a registry at each start.
         container.insert("imagePullPolicy".to_owned(), "IfNotPresent".into());
     }
     if let Some(command) = &of.command {

@@ -11,6 +11,7 @@ mod decide;
 mod inject;
 mod review;
 mod server;
+mod sidecars;
 mod status;
 mod wish;
 

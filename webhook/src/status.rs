@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use nix_csi_proto::DRIVER_NAME;
 use nix_csi_proto::annotations::STATUS;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -17,6 +18,9 @@ pub(crate) struct Status {
     pub(crate) v: u32,
     /// Where the wish stood.
     pub(crate) source: String,
+    /// Which wish was served, as a digest.
+    #[serde(default)]
+    pub(crate) wish: String,
     /// By container: what it got.
     pub(crate) containers: BTreeMap<String, Injected>,
 }
@@ -39,12 +43,26 @@ impl Status {
         serde_json::from_str(text).ok().filter(|status: &Self| status.v == 1)
     }
 
-    /// What it says about `container`, if the container really has that volume.
-    pub(crate) fn confirmed(&self, container: &Value) -> Option<&Injected> {
+    /// What it says about `container`, if the container really has a volume of ours of that name at `/nix`.
+    pub(crate) fn confirmed(&self, pod: &Value, container: &Value) -> Option<&Injected> {
         let injected = self.containers.get(container.get("name")?.as_str()?)?;
         let mounts = container.get("volumeMounts")?.as_array()?;
-        let has_it =
-            mounts.iter().any(|mount| mount.get("name").and_then(Value::as_str) == Some(&injected.volume));
-        has_it.then_some(injected)
+        let has_it = mounts.iter().any(|mount| is_at_nix(mount, &injected.volume));
+        (has_it && is_ours(pod, &injected.volume)).then_some(injected)
     }
+}
+
+/// Whether `mount` shows the volume of that name at `/nix`.
+pub(crate) fn is_at_nix(mount: &Value, volume: &str) -> bool {
+    let field = |name: &str| mount.get(name).and_then(Value::as_str);
+    field("name") == Some(volume) && field("mountPath") == Some("/nix")
+}
+
+/// Whether the pod's volume of that name is one that an earlier call may have added.
+pub(crate) fn is_ours(pod: &Value, name: &str) -> bool {
+    let volumes = pod.pointer("/spec/volumes").and_then(Value::as_array);
+    let named =
+        volumes.into_iter().flatten().find(|volume| volume.get("name").and_then(Value::as_str) == Some(name));
+    let driver = named.and_then(|volume| volume.pointer("/csi/driver")).and_then(Value::as_str);
+    name.starts_with("nix-csi-") && driver == Some(DRIVER_NAME)
 }

@@ -108,6 +108,12 @@ impl Wish {
     pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, WishError> {
         let mut wish = Self::default();
         let mut size_limit = false;
+        let all: Vec<_> = all.into_iter().collect();
+        // Whoever wants nothing need not get the rest right.
+        if all.iter().any(|(key, value)| *key == annotations::INJECT && switch(value) == Some(false)) {
+            wish.disabled = true;
+            return Ok(wish);
+        }
         for (key, value) in all {
             let bad = |expected| WishError::Value {
                 key: key.to_owned(),
@@ -143,7 +149,7 @@ impl Wish {
                 }
                 Some(Key::SizeLimit) => size_limit = true,
                 Some(Key::Farm) => wish.farm = switch(value).ok_or_else(|| bad(SWITCH))?,
-                Some(Key::Inject) => wish.disabled = !switch(value).ok_or_else(|| bad(SWITCH))?,
+                Some(Key::Inject) => drop(switch(value).ok_or_else(|| bad(SWITCH))?),
             }
         }
         if size_limit && wish.wants_packages() { Err(WishError::SizeLimit) } else { Ok(wish) }

@@ -260,8 +260,14 @@ async fn what_cannot_work_is_denied() {
     let mounted =
         json!([{"name": "web", "image": "n", "volumeMounts": [{"name": "data", "mountPath": "/nix/"}]}]);
     assert!(
-        denied(&pod(&packages(HELLO), &mounted)).await.contains("already mounts volume \"data\" at /nix")
+        denied(&pod(&packages(HELLO), &mounted)).await.contains("already mounts volume \"data\" at /nix/;")
     );
+    let below =
+        json!([{"name": "web", "image": "n", "volumeMounts": [{"name": "data", "mountPath": "/nix/store"}]}]);
+    assert!(denied(&pod(&packages(HELLO), &below)).await.contains("volume \"data\" at /nix/store;"));
+    let mut windows = pod(&packages(HELLO), &nginx());
+    windows["spec"]["os"] = json!({"name": "windows"});
+    assert!(denied(&windows).await.contains("run on Linux"));
     let annotations = json!({"nix.lillecarl.com/packages": HELLO, "nix.lillecarl.com/mode": "rw"});
     let mut mapped = pod(&annotations, &nginx());
     mapped["spec"]["hostUsers"] = json!(false);
@@ -289,6 +295,53 @@ async fn a_container_that_comes_later_is_not_taken() {
     let again = injected(&pod).await;
     assert_eq!(again["spec"]["containers"][1], sidecar);
     assert_eq!(again, pod);
+}
+
+#[tokio::test]
+async fn what_others_changed_since_the_first_call_stays() {
+    let mut pod = injected(&pod(&packages(HELLO), &nginx())).await;
+    // A registry mirror, AlwaysPullImages, and an injector that wraps commands.
+    let container = &mut pod["spec"]["containers"][0];
+    container["image"] = json!("mirror/distroless:root");
+    container["imagePullPolicy"] = json!("Always");
+    container["command"] = json!(["/vault/env"]);
+    container["args"] = json!(["/nix/var/entry/web"]);
+    assert_eq!(injected(&pod).await, pod);
+}
+
+#[tokio::test]
+async fn a_forged_record_takes_nothing_away() {
+    let containers =
+        json!([{"name": "web", "image": "n", "volumeMounts": [{"name": "data", "mountPath": "/srv"}]}]);
+    let forged = json!({"v": 1, "source": "pod", "containers": {"web": {"volume": "data"}}});
+    let mut pod = pod(&packages(HELLO), &containers);
+    pod["spec"]["volumes"] = json!([{"name": "data", "emptyDir": {}}]);
+    pod["metadata"]["annotations"]["nix.lillecarl.com/status"] = json!(forged.to_string());
+    let after = injected(&pod).await;
+    assert_eq!(
+        after["spec"]["containers"][0]["volumeMounts"][0],
+        json!({"name": "data", "mountPath": "/srv"})
+    );
+    assert_eq!(after["spec"]["volumes"][0], json!({"name": "data", "emptyDir": {}}));
+}
+
+#[rstest]
+#[case::istio(json!({"sidecar.istio.io/status": "{\"containers\": [\"proxy\"]}"}), "proxy")]
+#[case::linkerd(json!({"linkerd.io/proxy-version": "2.18"}), "linkerd-proxy")]
+#[tokio::test]
+async fn sidecars_of_others_are_not_taken(#[case] mut annotations: Value, #[case] name: &str) {
+    annotations["nix.lillecarl.com/packages"] = json!(HELLO);
+    let sidecar = json!({"name": name, "image": "proxy:1"});
+    let after = injected(&pod(&annotations, &json!([{"name": "web", "image": "n"}, sidecar]))).await;
+    assert_eq!(after["spec"]["containers"][0]["image"], "distroless:root");
+    assert_eq!(after["spec"]["containers"][1], sidecar);
+}
+
+#[tokio::test]
+async fn whoever_wants_nothing_need_not_get_the_rest_right() {
+    let annotations = json!({"nix.lillecarl.com/packages": "", "nix.lillecarl.com/inject": "disabled", "nix.lillecarl.com/x": ""});
+    let before = pod(&annotations, &nginx());
+    assert_eq!(injected(&before).await, before);
 }
 
 #[tokio::test]

@@ -17,14 +17,12 @@ use rustix::mount::{
 
 pub use syscalls::probe;
 
+use crate::path_error::PathError;
+
 /// Why something is not mounted as it should be. Nothing is left attached.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {op} {}", target.display())]
-pub struct MountError {
-    op: &'static str,
-    target: PathBuf,
-    source: io::Error,
-}
+#[error(transparent)]
+pub struct MountError(#[from] PathError);
 
 /// What is to be at a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,8 +51,10 @@ pub fn mount(request: &MountRequest, target: &Path) -> Result<(), MountError> {
     }
 }
 
-fn fail<E: Into<io::Error>>(op: &'static str, target: &Path) -> impl FnOnce(E) -> MountError {
-    move |source| MountError { op, target: target.into(), source: source.into() }
+/// What the system says of a mount, with the target that it was for.
+fn fail<E: Into<io::Error>>(op: &'static str, target: &Path) -> impl FnOnce(E) -> MountError + use<E> {
+    let fail = PathError::on(op, target);
+    move |source| MountError(fail(source))
 }
 
 /// Shows `view` read-only. Shares its inodes with the node store, and so its page cache.

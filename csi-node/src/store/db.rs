@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{io, str::FromStr as _};
@@ -12,6 +12,7 @@ use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
 use rustix::fs::FlockOperation;
 
 use super::layout::Layout;
+use crate::path_error::PathError;
 
 /// Written without a newline: with one, every Nix calls the schema corrupt.
 const SCHEMA: &str = "10";
@@ -55,13 +56,8 @@ create index if not exists IndexDerivationOutputs on DerivationOutputs(path);
 #[derive(Debug, thiserror::Error)]
 pub enum DatabaseError {
     /// A file beside the database.
-    #[error("cannot open {}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// A schema that this program does not know.
     #[error("{} says schema {found:?}, this program knows {SCHEMA}", path.display())]
     Schema {
@@ -130,24 +126,20 @@ impl Database {
     pub(super) fn open(layout: &Layout) -> Result<Self, DatabaseError> {
         let dir = layout.db_dir();
         let big_lock = dir.join("big-lock");
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            move |source| DatabaseError::Io { path, source }
-        };
         let lock = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&big_lock)
-            .map_err(io(&big_lock))?;
-        rustix::fs::flock(&lock, FlockOperation::LockShared).map_err(|e| io(&big_lock)(e.into()))?;
+            .map_err(PathError::on("open", &big_lock))?;
+        rustix::fs::flock(&lock, FlockOperation::LockShared).map_err(PathError::on("lock", &big_lock))?;
         let schema = dir.join("schema");
         match fs::read_to_string(&schema) {
             Ok(found) if found == SCHEMA => {}
             Ok(found) => return Err(DatabaseError::Schema { path: schema, found }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(io(&schema)(error)),
+            Err(error) => return Err(PathError::on("read", &schema)(error).into()),
         }
         let connection = Connection::open(dir.join("db.sqlite"))?;
         connection.busy_timeout(Duration::from_mins(1))?;
@@ -159,7 +151,9 @@ impl Database {
         // Last: a database without it is one whose tables may be missing.
         if !schema.exists() {
             let beside = dir.join(".schema");
-            fs::write(&beside, SCHEMA).and_then(|()| fs::rename(&beside, &schema)).map_err(io(&schema))?;
+            fs::write(&beside, SCHEMA)
+                .and_then(|()| fs::rename(&beside, &schema))
+                .map_err(PathError::on("write", &schema))?;
         }
         Ok(Self { connection: Mutex::new(connection), _big_lock: lock })
     }

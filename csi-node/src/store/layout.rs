@@ -9,6 +9,7 @@ use nix_csi_store::StorePath;
 use rustix::fs::FlockOperation;
 
 use super::db::DatabaseError;
+use crate::path_error::PathError;
 
 /// The layout that this program writes. Larger numbers come from newer programs.
 const FORMAT: u32 = 1;
@@ -17,15 +18,8 @@ const FORMAT: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A system call failed.
-    #[error("cannot {op} {}", path.display())]
-    Io {
-        /// What was tried.
-        op: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// A path that mounts cannot use.
     #[error("{} cannot be the root: it is longer than 100 bytes or contains `:`, `,` or `\\\\`", root.display())]
     Root {
@@ -76,13 +70,9 @@ pub struct Layout {
 impl Layout {
     /// Makes what is missing under `root`, and checks that it can be worked with.
     pub(super) fn open(root: &Path) -> Result<Self, OpenError> {
-        let io = |op, path: &Path| {
-            let path = path.to_owned();
-            move |source| OpenError::Io { op, path, source }
-        };
-        make_dir(root, 0o755).map_err(io("create", root))?;
+        make_dir(root, 0o755).map_err(PathError::on("create", root))?;
         // Nix refuses a store below a symlink.
-        let root = root.canonicalize().map_err(io("resolve", root))?;
+        let root = root.canonicalize().map_err(PathError::on("resolve", root))?;
         // What overlayfs would read as a separator, and what does not fit into one of its options.
         if root.as_os_str().len() > 100
             || root.as_os_str().as_encoded_bytes().iter().any(|b| b":,\\".contains(b))
@@ -90,7 +80,8 @@ impl Layout {
             return Err(OpenError::Root { root });
         }
         // Other users of the host have no business in what pods may have fetched with credentials.
-        fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(io("protect", &root))?;
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o700))
+            .map_err(PathError::on("protect", &root))?;
         let layout = Self { root };
         layout.check_format()?;
         for (dir, mode) in [
@@ -104,7 +95,7 @@ impl Layout {
             (layout.volumes(), 0o700),
             (layout.trash(), 0o700),
         ] {
-            make_dir(&dir, mode).map_err(io("create", &dir))?;
+            make_dir(&dir, mode).map_err(PathError::on("create", &dir))?;
         }
         layout.probe_link()?;
         Ok(layout)
@@ -112,19 +103,16 @@ impl Layout {
 
     fn check_format(&self) -> Result<(), OpenError> {
         let path = self.root.join("format");
-        let io = |op| {
-            let path = path.clone();
-            move |source| OpenError::Io { op, path, source }
-        };
         match fs::read_to_string(&path) {
             Ok(found) if found.trim() == FORMAT.to_string() => Ok(()),
             Ok(found) => Err(OpenError::Format { path, found: found.trim().chars().take(20).collect() }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let beside = self.root.join(".format");
-                fs::write(&beside, format!("{FORMAT}\n")).map_err(io("write"))?;
-                fs::rename(&beside, &path).map_err(io("write"))
+                fs::write(&beside, format!("{FORMAT}\n")).map_err(PathError::on("write", &path))?;
+                fs::rename(&beside, &path).map_err(PathError::on("write", &path))?;
+                Ok(())
             }
-            Err(error) => Err(io("read")(error)),
+            Err(error) => Err(PathError::on("read", &path)(error).into()),
         }
     }
 
@@ -216,18 +204,14 @@ impl RootLock {
     /// Takes the lock, or says who holds it.
     pub fn acquire(root: &Path, who: &str) -> Result<Self, OpenError> {
         let path = root.join("lock");
-        let io = |op| {
-            let path = path.clone();
-            move |source: io::Error| OpenError::Io { op, path, source }
-        };
-        make_dir(root, 0o755).map_err(|source| OpenError::Io { op: "create", path: root.into(), source })?;
+        make_dir(root, 0o755).map_err(PathError::on("create", root))?;
         let mut file = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
-            .map_err(io("open"))?;
+            .map_err(PathError::on("open", &path))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -235,12 +219,12 @@ impl RootLock {
                 let _ = file.take(200).read_to_string(&mut by);
                 return Err(OpenError::Held { root: root.into(), by: by.trim().to_owned() });
             }
-            Err(error) => return Err(io("lock")(error.into())),
+            Err(error) => return Err(PathError::on("lock", &path)(error).into()),
         }
         file.set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{who}, process {}", std::process::id()))
-            .map_err(io("write"))?;
+            .map_err(PathError::on("write", &path))?;
         Ok(Self { _file: file })
     }
 }

@@ -31,21 +31,15 @@ pub use db::{DatabaseError, PathInfo};
 pub use layout::{Layout, OpenError, RootLock};
 pub use roots::TempRoots;
 
+use crate::path_error::PathError;
 use db::Database;
 
 /// Why restored paths could not be made part of the store.
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
-    /// A system call on the store failed.
-    #[error("cannot {op} {}", path.display())]
-    Io {
-        /// What was tried.
-        op: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// The database would not take it.
     #[error(transparent)]
     Database(#[from] DatabaseError),
@@ -103,17 +97,14 @@ impl NodeStore {
         paths: &[StorePath],
     ) -> Result<HashSet<StorePath>, RegisterError> {
         let at = self.layout.temp_roots();
-        roots.add(paths).map_err(|source| RegisterError::Io { op: "write", path: at, source })?;
+        roots.add(paths).map_err(PathError::on("write", &at))?;
         Ok(self.db.valid(paths)?)
     }
 
     /// New temporary roots; they hold as long as the value lives.
     pub fn temp_roots(&self) -> Result<TempRoots, RegisterError> {
-        TempRoots::create(&self.layout).map_err(|source| RegisterError::Io {
-            op: "create a temporary root in",
-            path: self.layout.temp_roots(),
-            source,
-        })
+        let roots = TempRoots::create(&self.layout);
+        Ok(roots.map_err(PathError::on("create a temporary root in", &self.layout.temp_roots()))?)
     }
 
     /// All that `roots` refer to, themselves included, sorted; `None` if one of them is not valid.
@@ -140,27 +131,23 @@ impl NodeStore {
     /// Whatever another process registered in the meantime stays as it is. On error nothing of `staged`
     /// is registered; what was moved already is cleared away by the next try.
     pub fn register(&self, staged: &[Staged]) -> Result<(), RegisterError> {
-        let io = |op, path: &Path| {
-            let path = path.to_owned();
-            move |source| RegisterError::Io { op, path, source }
-        };
         let paths: Vec<_> = staged.iter().map(|staged| staged.info.path.clone()).collect();
         let _locks = locks::PathLocks::acquire(&self.layout, &paths)
-            .map_err(io("lock paths in", &self.layout.store_dir()))?;
+            .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
         let valid = self.db.valid(&paths)?;
         let mut fresh = Vec::with_capacity(staged.len());
         for Staged { info, at } in staged.iter().filter(|staged| !valid.contains(&staged.info.path)) {
             let target = self.layout.physical(&info.path);
             if fs::symlink_metadata(&target).is_ok() {
                 // Left by somebody who was interrupted before registering it.
-                self.discard(&target).map_err(io("clear away", &target))?;
+                self.discard(&target).map_err(PathError::on("clear away", &target))?;
             }
-            fs::rename(at, &target).map_err(io("move into place", &target))?;
-            seal_top(&target).map_err(io("seal", &target))?;
+            fs::rename(at, &target).map_err(PathError::on("move into place", &target))?;
+            seal_top(&target).map_err(PathError::on("seal", &target))?;
             fresh.push(info);
         }
         // A row must not survive a power cut that the bytes do not: contents first, then the commit.
-        self.sync().map_err(io("sync", self.layout.root()))?;
+        self.sync().map_err(PathError::on("sync", self.layout.root()))?;
         Ok(self.db.register(&fresh)?)
     }
 

@@ -204,6 +204,32 @@ pub enum FetchError {
 }
 
 impl FetchError {
+    /// Whether the same cache may do better the next time.
+    pub(super) fn is_temporary(&self) -> bool {
+        matches!(self, Self::Lookup { source, .. } | Self::Download { source, .. } if source.is_temporary())
+    }
+
+    /// Whether another cache may do better: what this one sent is at fault, not this node.
+    pub(super) fn is_of_cache(&self) -> bool {
+        match self {
+            Self::NotFound { .. }
+            | Self::Lookup { .. }
+            | Self::Untrusted { .. }
+            | Self::Download { .. }
+            | Self::Decode { .. }
+            | Self::Nar { .. }
+            | Self::Size { .. }
+            | Self::Hash { .. } => true,
+            Self::Restore { .. }
+            | Self::Staging(_)
+            | Self::Register(_)
+            | Self::Database(_)
+            | Self::TooManyPaths { .. }
+            | Self::Stopped
+            | Self::Shared(_) => false,
+        }
+    }
+
     /// The error itself, whoever's fetch it was.
     pub fn root(&self) -> &Self {
         match self {

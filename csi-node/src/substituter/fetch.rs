@@ -198,11 +198,16 @@ impl Substituter {
                 Ok(None) => {}
                 Ok(Some(info)) => match self.check(&info, cache) {
                     Ok(()) => return Ok(Source { info, cache: cache.clone(), number }),
-                    Err(error) => failed = Some(error),
+                    Err(error) => drop(failed.get_or_insert(error)),
                 },
                 Err(source) => {
-                    // A cache that could not say no may have it: that decides what the caller is told.
-                    failed.get_or_insert(FetchError::Lookup { path: path.clone(), source });
+                    let error = FetchError::Lookup { path: path.clone(), source };
+                    // Whoever could not answer may have it: that is worth another try, a refusal is not.
+                    if failed.as_ref().is_none_or(|failed| !failed.is_temporary()) && error.is_temporary() {
+                        failed = Some(error);
+                    } else {
+                        failed.get_or_insert(error);
+                    }
                 }
             }
         }
@@ -235,9 +240,11 @@ impl Substituter {
                 Ok(staged) => return Ok(staged),
                 Err(error) => error,
             };
-            let FetchError::Download { source: reason, .. } = &error else { return Err(error) };
-            tracing::info!(path = %source.info.path, cache = source.cache.name(), %reason, attempt, "download failed");
-            if reason.is_temporary() && attempt < source.cache.attempts() {
+            if !error.is_of_cache() {
+                return Err(error);
+            }
+            tracing::info!(path = %source.info.path, cache = source.cache.name(), %error, attempt, "download failed");
+            if error.is_temporary() && attempt < source.cache.attempts() {
                 tokio::time::sleep(Duration::from_millis(100 << attempt.min(6))).await;
                 continue;
             }

@@ -10,6 +10,7 @@ use nix_csi_store::StorePath;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use super::ViewError;
+use crate::path_error::PathError;
 use crate::store::Layout;
 
 /// The closure of a view, to look around in.
@@ -23,9 +24,8 @@ impl<'a> Inside<'a> {
     /// `closure` must be sorted.
     pub(super) fn new(layout: &Layout, closure: &'a [StorePath]) -> Result<Self, ViewError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::openat(CWD, layout.root(), flags, Mode::empty()).map_err(|errno| {
-            ViewError::Io { op: "open", path: layout.root().into(), source: errno.into() }
-        })?;
+        let root = rustix::fs::openat(CWD, layout.root(), flags, Mode::empty())
+            .map_err(PathError::on("open", layout.root()))?;
         Ok(Self { root, store_dir: layout.store_dir(), closure })
     }
 

@@ -4,16 +4,15 @@
 //! ones do. Two threads are enough: beyond that they wait for the journal.
 
 use std::ffi::CStr;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use nix_csi_store::StorePath;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
-use rustix::io::Errno;
 
 use super::ViewError;
+use crate::path_error::PathError;
 use crate::restore::STORE_TIME;
 
 const THREADS: usize = 2;
@@ -36,12 +35,11 @@ pub(super) fn link_paths(from: &Path, to: &Path, paths: &[StorePath]) -> Result<
     let mut tasks = Vec::with_capacity(paths.len());
     for path in paths {
         let (from, to) = (from.join(path.base_name()), to.join(path.base_name()));
-        if std::fs::symlink_metadata(&from).map_err(fail("look at", &from))?.is_dir() {
+        if std::fs::symlink_metadata(&from).map_err(PathError::on("look at", &from))?.is_dir() {
             make_dir(&to)?;
             tasks.push(Task { from, to });
         } else {
-            rustix::fs::linkat(CWD, &from, CWD, &to, AtFlags::empty())
-                .map_err(|errno| fail("link", &to)(errno.into()))?;
+            rustix::fs::linkat(CWD, &from, CWD, &to, AtFlags::empty()).map_err(PathError::on("link", &to))?;
         }
     }
     let queue = Mutex::new(Queue { tasks, working: 0, failed: None });
@@ -83,9 +81,8 @@ fn work(queue: &Mutex<Queue>, changed: &Condvar) {
 fn link_entries(Task { from, to }: &Task) -> Result<Vec<Task>, ViewError> {
     let (source, target) = (open_dir(from)?, open_dir(to)?);
     let mut found = Vec::new();
-    let failed = |op, path: PathBuf| move |errno: Errno| ViewError::Io { op, path, source: errno.into() };
-    for entry in Dir::read_from(&source).map_err(failed("read", from.clone()))? {
-        let entry = entry.map_err(failed("read", from.clone()))?;
+    for entry in Dir::read_from(&source).map_err(PathError::on("read", from))? {
+        let entry = entry.map_err(PathError::on("read", from))?;
         let name: &CStr = entry.file_name();
         if matches!(name.to_bytes(), b"." | b"..") {
             continue;
@@ -95,7 +92,7 @@ fn link_entries(Task { from, to }: &Task) -> Result<Vec<Task>, ViewError> {
             // Some filesystems do not say it here.
             FileType::Unknown => {
                 let stat = rustix::fs::statat(&source, name, AtFlags::SYMLINK_NOFOLLOW);
-                let stat = stat.map_err(failed("look at", beside(from, name)))?;
+                let stat = stat.map_err(PathError::on("look at", &beside(from, name)))?;
                 FileType::from_raw_mode(stat.st_mode) == FileType::Directory
             }
             _ => false,
@@ -107,12 +104,12 @@ fn link_entries(Task { from, to }: &Task) -> Result<Vec<Task>, ViewError> {
         } else {
             // Without AT_SYMLINK_FOLLOW a symlink is linked as itself, time and all.
             rustix::fs::linkat(&source, name, &target, name, AtFlags::empty())
-                .map_err(failed("link", beside(to, name)))?;
+                .map_err(PathError::on("link", &beside(to, name)))?;
         }
     }
     rustix::fs::fchmod(&target, Mode::from_raw_mode(0o555))
         .and_then(|()| rustix::fs::futimens(&target, &STORE_TIME))
-        .map_err(failed("seal", to.clone()))?;
+        .map_err(PathError::on("seal", to))?;
     Ok(found)
 }
 
@@ -123,14 +120,9 @@ fn beside(dir: &Path, name: &CStr) -> PathBuf {
 
 fn open_dir(path: &Path) -> Result<OwnedFd, ViewError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| fail("open", path)(errno.into()))
+    Ok(rustix::fs::open(path, flags, Mode::empty()).map_err(PathError::on("open", path))?)
 }
 
 fn make_dir(path: &Path) -> Result<(), ViewError> {
-    std::fs::create_dir(path).map_err(fail("create", path))
-}
-
-fn fail(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ViewError + use<> {
-    let path = path.to_owned();
-    move |source| ViewError::Io { op, path, source }
+    Ok(std::fs::create_dir(path).map_err(PathError::on("create", path))?)
 }

@@ -16,7 +16,6 @@ mod profile;
 mod spec;
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -25,21 +24,15 @@ use nix_csi_store::StorePath;
 pub use entry::EntryError;
 pub use spec::{ViewId, ViewSpec};
 
+use crate::path_error::PathError;
 use crate::store::NodeStore;
 
 /// Why a view could not be built. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
     /// A system call failed.
-    #[error("cannot {op} {}", path.display())]
-    Io {
-        /// What was tried.
-        op: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// A container's entry point cannot be chosen.
     #[error(transparent)]
     Entry(#[from] EntryError),
@@ -63,9 +56,7 @@ pub fn build(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath]) -> Resul
     let beside = views.join(format!(".{}-{}", id.as_str(), store.fresh_name()));
     let path = views.join(id.as_str());
     let built = build_at(store, spec, closure, &beside).and_then(|()| match fs::rename(&beside, &path) {
-        Err(source) if !path.is_dir() => {
-            Err(ViewError::Io { op: "move into place", path: path.clone(), source })
-        }
+        Err(source) if !path.is_dir() => Err(PathError::on("move into place", &path)(source).into()),
         // Another process may have been faster: then ours is cleared away below.
         _ => Ok(()),
     });
@@ -79,22 +70,18 @@ pub fn build(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath]) -> Resul
 }
 
 fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path) -> Result<(), ViewError> {
-    let io = |op, path: &Path| {
-        let path = path.to_owned();
-        move |source| ViewError::Io { op, path, source }
-    };
-    store.add_roots(spec.id().as_str(), &spec.packages).map_err(io("write the roots of", at))?;
+    store.add_roots(spec.id().as_str(), &spec.packages).map_err(PathError::on("write the roots of", at))?;
     for dir in [at.to_owned(), at.join("store"), at.join("var"), at.join("var/entry")] {
-        fs::create_dir(&dir).map_err(io("create", &dir))?;
+        fs::create_dir(&dir).map_err(PathError::on("create", &dir))?;
     }
-    symlink(".", at.join("nix")).map_err(io("link", &at.join("nix")))?;
+    symlink(".", at.join("nix")).map_err(PathError::on("link", &at.join("nix")))?;
     link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
     let inside = inside::Inside::new(store.layout(), closure)?;
     profile::build(&inside, &spec.packages, &at.join("var/result"))?;
     for (container, entrypoint) in &spec.entrypoints {
         let program = entry::find(&inside, &spec.packages, container, entrypoint)?;
         let link = at.join("var/entry").join(container);
-        symlink(program, &link).map_err(io("link", &link))?;
+        symlink(program, &link).map_err(PathError::on("link", &link))?;
     }
     Ok(())
 }

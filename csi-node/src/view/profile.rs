@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use nix_csi_store::StorePath;
 
 use super::ViewError;
 use super::inside::Inside;
+use crate::path_error::PathError;
 
 /// A directory of some package: as a pod will see it, and where it is now.
 struct Source {
@@ -41,11 +41,11 @@ fn directories(inside: &Inside<'_>, logical: Vec<PathBuf>) -> Vec<Source> {
 }
 
 fn merge(inside: &Inside<'_>, sources: Vec<Source>, target: &Path) -> Result<(), ViewError> {
-    fs::create_dir(target).map_err(io("create", target))?;
+    fs::create_dir(target).map_err(PathError::on("create", target))?;
     let mut entries: BTreeMap<OsString, Vec<PathBuf>> = BTreeMap::new();
     for source in sources {
-        for entry in fs::read_dir(&source.physical).map_err(io("read", &source.physical))? {
-            let name = entry.map_err(io("read", &source.physical))?.file_name();
+        for entry in fs::read_dir(&source.physical).map_err(PathError::on("read", &source.physical))? {
+            let name = entry.map_err(PathError::on("read", &source.physical))?.file_name();
             let logical = source.logical.join(&name);
             entries.entry(name).or_default().push(logical);
         }
@@ -68,10 +68,5 @@ fn merge(inside: &Inside<'_>, sources: Vec<Source>, target: &Path) -> Result<(),
 }
 
 fn link(to: &Path, at: &Path) -> Result<(), ViewError> {
-    symlink(to, at).map_err(io("link", at))
-}
-
-fn io(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ViewError + use<> {
-    let path = path.to_owned();
-    move |source| ViewError::Io { op, path, source }
+    Ok(symlink(to, at).map_err(PathError::on("link", at))?)
 }
