@@ -9,6 +9,18 @@ export NIX_CSI_FIXTURES
 cd "$e2e/.."
 cargo test --locked -p nix-csi-e2e --no-run
 "$e2e/cluster" down >&2
+
+# What a cluster could leave on the machine, or change there.
+machine() {
+    cat /proc/self/mountinfo | sort
+    ip -o address
+    ip route show table all
+    iptables-save | grep -v '^[#:]'
+    find /sys/fs/cgroup -type d -name '*nix-csi*'
+    find /var/lib/kubelet /var/lib/nix-csi /var/lib/containerd /run/containerd /etc/cni /opt/cni 2>/dev/null || true
+}
+before=$(machine)
+
 trap '"$e2e/cluster" down --purge >&2' EXIT
 "$e2e/cluster" up --caches "$NIX_CSI_FIXTURES/caches" >&2
 "$e2e/install.sh"
@@ -16,3 +28,6 @@ trap '"$e2e/cluster" down --purge >&2' EXIT
 cargo test --locked -p nix-csi-e2e --test cluster -- --test-threads=4 "$@"
 # Last, and alone: it takes nix-csi away.
 cargo test --locked -p nix-csi-e2e --test uninstall
+
+"$e2e/cluster" down >&2
+diff <(echo "$before") <(machine) || { echo "cluster-tests.sh: the cluster changed the machine" >&2; exit 1; }

@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/format                     integer, see [`layout`]
 //! <root>/lock                       held by the one process that writes
+//! <root>/boot                       the boot in which the views were built
 //! <root>/nix/store/<hash>-<name>    sealed: 0444 or 0555, mtime 1
 //! <root>/nix/var/nix/db/db.sqlite   what is valid: Nix's schema, Nix's locks
 //! <root>/nix/var/nix/gcroots/nix-csi/<view>/<n>
@@ -181,9 +182,11 @@ impl NodeStore {
         for entry in fs::read_dir(self.layout.staging())? {
             self.discard(&entry?.path())?;
         }
+        // A view is not synced when it is built: after a boot, when nothing is mounted, all are built anew.
+        let rebooted = !self.is_same_boot()?;
         for entry in fs::read_dir(self.layout.views())? {
             let entry = entry?;
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            if rebooted || entry.file_name().as_encoded_bytes().starts_with(b".") {
                 self.discard(&entry.path())?;
             }
         }
@@ -195,6 +198,17 @@ impl NodeStore {
             }
         }
         roots::remove_stale_temporary(&self.layout)
+    }
+
+    /// Whether the machine has not been started since the last call of this; remembers the boot.
+    fn is_same_boot(&self) -> io::Result<bool> {
+        let file = self.layout.root().join("boot");
+        let now = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        if fs::read_to_string(&file).is_ok_and(|then| then == now) {
+            return Ok(true);
+        }
+        fs::write(file, now)?;
+        Ok(false)
     }
 
     /// Deletes what was discarded. Slow for large trees; nothing waits for it. What cannot be deleted is
