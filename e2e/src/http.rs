@@ -34,6 +34,11 @@ impl StaticServer {
         bail!("busybox httpd does not answer on port {port}")
     }
 
+    /// Its port on loopback.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Its address.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/", self.port)

@@ -6,9 +6,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use nix_csi_e2e::{Fixtures, StaticServer, nix};
+use nix_csi_e2e::{Fault, FaultProxy, Fixtures, StaticServer, nix};
 use nix_csi_node::config::Config;
 use nix_csi_node::store::NodeStore;
 use nix_csi_node::substituter::{self, BinaryCache, Closure, FetchError, Progress, Substituter, Trust};
@@ -27,16 +28,29 @@ struct Setup {
 
 impl Setup {
     fn new(compression: &str) -> Result<Self> {
+        Self::with_caches(compression, |server| Ok(vec![server.url()]))
+    }
+
+    /// The caches are at the addresses that `urls` makes of the server.
+    fn with_caches(
+        compression: &str,
+        urls: impl FnOnce(&StaticServer) -> Result<Vec<String>>,
+    ) -> Result<Self> {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let fixtures = Fixtures::find()?;
         let root = tempfile::tempdir()?;
         let server = StaticServer::start(&fixtures.cache(compression))?;
-        let config =
-            Config { trusted_public_keys: vec![fixtures.public_key()?.parse()?], ..Config::default() };
+        let config = Config {
+            trusted_public_keys: vec![fixtures.public_key()?.parse()?],
+            stalled_download_timeout: Duration::from_secs(5),
+            ..Config::default()
+        };
         let store = Arc::new(NodeStore::open(root.path())?);
-        let cache = BinaryCache::new(server.url().parse()?, substituter::client(&config)?, 2);
+        let client = substituter::client(&config)?;
+        let cache = |url: String| Ok(BinaryCache::new(url.parse()?, client.clone(), 3));
+        let caches = urls(&server)?.into_iter().map(cache).collect::<Result<_>>()?;
         let trust = Trust { keys: config.trusted_keys(), require_sigs: true };
-        let substituter = Substituter::new(store, vec![cache], trust, 64)?;
+        let substituter = Substituter::new(store, caches, trust, 64)?;
         Ok(Self { fixtures, root, substituter, server })
     }
 
@@ -230,4 +244,63 @@ async fn many_at_once_want_the_same() -> Result<()> {
     }
     nix::verify(setup.root.path())?;
     setup.assert_clean()
+}
+
+/// What a cache does wrong now and then costs time, and nothing else.
+#[rstest]
+#[case::narinfo_500(".narinfo", Fault::Status(500))]
+#[case::narinfo_429(".narinfo", Fault::Status(429))]
+#[case::nar_503(".zst", Fault::Status(503))]
+#[case::nar_cut_at_once(".zst", Fault::CutAt { percent: 0 })]
+#[case::nar_cut(".zst", Fault::CutAt { percent: 60 })]
+#[case::nar_cut_at_the_end(".zst", Fault::CutAt { percent: 99 })]
+#[case::nar_stalls(".zst", Fault::Stall(Duration::from_mins(1)))]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_passes_is_waited_out(#[case] suffix: &'static str, #[case] fault: Fault) -> Result<()> {
+    let mut proxy = None;
+    let setup = Setup::with_caches("zstd", |server| {
+        let proxy = proxy.insert(FaultProxy::start(server.port())?);
+        Ok(vec![proxy.url()])
+    })?;
+    proxy.as_ref().context("made above")?.fail(suffix, fault, 2);
+    let closure = setup.fetch("jq").await?;
+    assert_eq!(closure.paths, setup.fixtures.get("jq")?.closure);
+    drop(closure);
+    setup.assert_clean()?;
+    nix::verify(setup.root.path())
+}
+
+/// What a cache does wrong always is another cache's chance; without one, it is an error and leaves nothing.
+#[rstest]
+#[case::nar_gone(".zst", Fault::Status(404), "is gone")]
+#[case::nar_500(".zst", Fault::Status(500), "500")]
+#[case::nar_cut(".zst", Fault::CutAt { percent: 50 }, "no answer from")]
+#[case::nar_flipped(".zst", Fault::Flip, "")]
+#[case::narinfo_gone(".narinfo", Fault::Status(404), "no cache has")]
+#[case::narinfo_500(".narinfo", Fault::Status(500), "500")]
+#[case::narinfo_flipped(".narinfo", Fault::Flip, "")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lasts_is_another_caches_chance(
+    #[case] suffix: &'static str,
+    #[case] fault: Fault,
+    #[case] reason: &str,
+) -> Result<()> {
+    let mut proxy = None;
+    let broken = |server: &StaticServer| -> Result<FaultProxy> {
+        let proxy = FaultProxy::start(server.port())?;
+        proxy.fail(suffix, fault, usize::MAX);
+        Ok(proxy)
+    };
+    let setup = Setup::with_caches("zstd", |server| {
+        let url = proxy.insert(broken(server)?).url();
+        Ok(vec![url, server.url()])
+    })?;
+    setup.fetch("jq").await?;
+    setup.assert_clean()?;
+    nix::verify(setup.root.path())?;
+
+    let alone = Setup::with_caches("zstd", |server| Ok(vec![proxy.insert(broken(server)?).url()]))?;
+    let error = format!("{:#}", anyhow::Error::new(alone.fetch("jq").await.expect_err("a broken cache")));
+    assert!(error.contains(reason) && error.contains("/nix/store/"), "{error}");
+    alone.assert_clean()
 }
