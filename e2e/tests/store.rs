@@ -81,13 +81,21 @@ impl Setup {
         Ok(names)
     }
 
-    /// Nothing half done anywhere.
+    /// Nothing half done anywhere. What was broken off is deleted beside, and may take a moment.
     fn assert_clean(&self) -> Result<()> {
-        self.store().empty_trash()?;
-        for dir in ["staging", "trash", "nix/var/nix/temproots"] {
-            let left: Vec<_> = fs::read_dir(self.root.path().join(dir))?.collect();
-            ensure!(left.is_empty(), "left in {dir}: {left:?}");
+        let left = || -> Result<Vec<_>> {
+            let dirs = ["staging", "trash", "nix/var/nix/temproots"].map(|dir| self.root.path().join(dir));
+            let read = |dir| Ok(fs::read_dir(dir)?.map(|entry| entry.map(|entry| entry.path())));
+            let found: Result<Vec<_>> = dirs.into_iter().map(read).collect();
+            Ok(found?.into_iter().flatten().collect::<Result<_, _>>()?)
+        };
+        for _ in 0..100 {
+            if left()?.is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
         }
+        ensure!(left()?.is_empty(), "left: {:?}", left()?);
         let valid = self.nix(&["nix", "path-info", "--all"])?;
         let mut valid: Vec<_> = valid.lines().filter_map(|line| line.strip_prefix("/nix/store/")).collect();
         valid.sort_unstable();

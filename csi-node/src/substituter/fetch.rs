@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::num::NonZero;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use tracing::Instrument as _;
 use super::cache::{BinaryCache, chunk};
 use super::error::{CacheError, FetchError};
 use super::pool::{Job, RestorePool};
+use super::staging::Staging;
 use crate::store::{NodeStore, Staged, TempRoots};
 
 /// More paths than any closure that a pod should mount.
@@ -109,8 +110,9 @@ impl Substituter {
         roots: &[StorePath],
         progress: &watch::Sender<Progress>,
     ) -> Result<Closure, FetchError> {
+        let store = Arc::clone(&self.store);
         let mut pins = self.blocking(NodeStore::temp_roots).await??;
-        let staging = Staging::create(&self.store)?;
+        let staging = self.blocking(|_| Staging::create(store)).await?.map_err(FetchError::Staging)?;
         let staged = self.walk(roots, &mut pins, &staging, progress).await?;
         let fetched = staged.len();
         if fetched > 0 {
@@ -126,7 +128,7 @@ impl Substituter {
         &self,
         roots: &[StorePath],
         pins: &mut TempRoots,
-        staging: &Staging,
+        staging: &Arc<Staging>,
         progress: &watch::Sender<Progress>,
     ) -> Result<Vec<Staged>, FetchError> {
         // Dropping the sets ends what still runs in them.
@@ -150,7 +152,7 @@ impl Substituter {
                     let sources = looked_up.map_err(|_| FetchError::Stopped)??;
                     progress.send_modify(|progress| progress.bytes_total += sources.info.nar_size);
                     found.clone_from(&sources.info.references);
-                    let (this, staging) = (self.clone(), Arc::clone(&staging.dir));
+                    let (this, staging) = (self.clone(), Arc::clone(staging));
                     downloads.spawn(async move { this.obtain(sources, staging).await }.in_current_span());
                 }
                 Some(downloaded) = downloads.join_next() => {
@@ -228,15 +230,12 @@ impl Substituter {
     }
 
     /// Restores one path into `staging`: from its cache, again if the transfer was cut, then from the next.
-    async fn obtain(&self, mut source: Source, staging: Arc<Path>) -> Result<Staged, FetchError> {
+    async fn obtain(&self, mut source: Source, staging: Arc<Staging>) -> Result<Staged, FetchError> {
+        let mut dir = staging.dir().to_owned();
         let mut attempt = 0;
         loop {
             attempt += 1;
-            // A name of its own for each: the thread of a cut transfer may still be about to notice.
-            let dir: Arc<Path> =
-                staging.join(format!("{}-{}-{attempt}", source.info.path.hash(), source.number)).into();
-            std::fs::create_dir(&dir).map_err(FetchError::Staging)?;
-            let error = match self.download(&source, dir).await {
+            let error = match self.download(&source, &staging, dir).await {
                 Ok(staged) => return Ok(staged),
                 Err(error) => error,
             };
@@ -244,6 +243,8 @@ impl Substituter {
                 return Err(error);
             }
             tracing::info!(path = %source.info.path, cache = source.cache.name(), %error, attempt, "download failed");
+            let again = format!("{}-{}-{attempt}", source.info.path.hash(), source.number);
+            dir = staging.again(&again).map_err(FetchError::Staging)?;
             if error.is_temporary() && attempt < source.cache.attempts() {
                 tokio::time::sleep(Duration::from_millis(100 << attempt.min(6))).await;
                 continue;
@@ -257,11 +258,12 @@ impl Substituter {
         }
     }
 
-    /// Restores one path into `staging`, once.
+    /// Restores one path into `dir`, a directory in `staging`, once.
     async fn download(
         &self,
         Source { info, cache, .. }: &Source,
-        staging: Arc<Path>,
+        staging: &Arc<Staging>,
+        dir: PathBuf,
     ) -> Result<Staged, FetchError> {
         let name = cache.name();
         let failed = |source| FetchError::Download { path: info.path.clone(), cache: name.clone(), source };
@@ -271,7 +273,14 @@ impl Substituter {
         let first = chunk(&mut response).await.map_err(failed)?.unwrap_or_default();
         let (chunks, receiver) = mpsc::channel(CHUNKS);
         let (done, mut restored) = oneshot::channel();
-        self.pool.submit(Job { info: info.clone(), cache: name.clone(), chunks: receiver, staging, done });
+        self.pool.submit(Job {
+            info: info.clone(),
+            cache: name.clone(),
+            chunks: receiver,
+            staging: Arc::clone(staging),
+            dir,
+            done,
+        });
         let at = tokio::select! {
             sent = send(first, &mut response, chunks) => {
                 // A cut transfer is told as such, and not as what the decoder makes of it.
@@ -315,26 +324,4 @@ struct Source {
     cache: BinaryCache,
     /// Which of the caches that is.
     number: usize,
-}
-
-/// The directory of one fetch; what is left in it goes with it.
-struct Staging {
-    store: Arc<NodeStore>,
-    dir: Arc<Path>,
-}
-
-impl Staging {
-    fn create(store: &Arc<NodeStore>) -> Result<Self, FetchError> {
-        let dir = store.staging().map_err(FetchError::Staging)?;
-        Ok(Self { store: Arc::clone(store), dir: dir.into() })
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // Usually empty. Otherwise a restore thread may still write into it: it is moved away at once.
-        if std::fs::remove_dir(&self.dir).is_err() {
-            let _ = self.store.discard(&self.dir);
-        }
-    }
 }

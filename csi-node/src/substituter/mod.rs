@@ -15,6 +15,7 @@ mod error;
 mod fetch;
 mod pool;
 mod share;
+mod staging;
 
 pub use cache::BinaryCache;
 pub use client::client;

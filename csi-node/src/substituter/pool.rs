@@ -9,9 +9,11 @@ use bytes::Bytes;
 use nix_csi_store::nar::{NarReader, PushError};
 use nix_csi_store::{NarHash, NarInfo};
 use ring::digest::{Context, SHA256};
+use tokio::sync::oneshot;
 
 use super::decode::decoder;
 use super::error::FetchError;
+use super::staging::Staging;
 use crate::restore::Restore;
 
 /// What a decoder writes into at once; the hash and the disk read it while it is in the cache.
@@ -25,10 +27,12 @@ pub(super) struct Job {
     pub(super) cache: String,
     /// The compressed bytes. Ends early when the transfer fails, which the sender knows.
     pub(super) chunks: tokio::sync::mpsc::Receiver<Bytes>,
-    /// Where to restore it, as its base name.
-    pub(super) staging: Arc<Path>,
+    /// Where to restore it, as its base name: a directory in `staging`.
+    pub(super) dir: PathBuf,
+    /// Kept until the last byte is written.
+    pub(super) staging: Arc<Staging>,
     /// Told how it went.
-    pub(super) done: tokio::sync::oneshot::Sender<Result<PathBuf, FetchError>>,
+    pub(super) done: oneshot::Sender<Result<PathBuf, FetchError>>,
 }
 
 /// The threads. They end when this is dropped and the jobs are done.
@@ -47,9 +51,10 @@ impl RestorePool {
                 loop {
                     // The guard is gone before the job begins: another thread takes the next one.
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok(Job { info, cache, chunks, staging, done }) = job else { return };
-                    let restored = restore(&info, &cache, Chunks::new(chunks, info.nar_size), &staging);
-                    // Nobody waits for it any more: staging is removed by whoever made it.
+                    let Ok(Job { info, cache, chunks, dir, staging, done }) = job else { return };
+                    let restored = restore(&info, &cache, Chunks::new(chunks, info.nar_size), &dir, &done);
+                    drop(staging);
+                    // Nobody may wait for it any more.
                     let _ = done.send(restored);
                 }
             })?;
@@ -64,20 +69,29 @@ impl RestorePool {
 }
 
 /// Restores one NAR and checks that it is what was signed.
-fn restore(info: &NarInfo, cache: &str, input: Chunks, staging: &Path) -> Result<PathBuf, FetchError> {
+fn restore(
+    info: &NarInfo,
+    cache: &str,
+    input: Chunks,
+    dir: &Path,
+    done: &oneshot::Sender<Result<PathBuf, FetchError>>,
+) -> Result<PathBuf, FetchError> {
     let path = || info.path.clone();
     let cache = || cache.to_owned();
     let disk = |source| FetchError::Restore { path: path(), source };
     let size = || FetchError::Size { path: path(), cache: cache(), expected: info.nar_size };
     let undecodable = |source| FetchError::Decode { path: path(), cache: cache(), source };
 
-    let mut sink = Restore::new(staging, info.path.base_name()).map_err(disk)?;
+    let mut sink = Restore::new(dir, info.path.base_name()).map_err(disk)?;
     let mut input = decoder(info.compression, input).map_err(undecodable)?;
     let mut reader = NarReader::new();
     let mut hash = Context::new(&SHA256);
     let mut buffer = vec![0; BUFFER];
     let mut left = info.nar_size;
     loop {
+        if done.is_closed() {
+            return Err(FetchError::Stopped);
+        }
         let read = match input.read(&mut buffer) {
             Ok(0) => break,
             Ok(read) => &buffer[..read],
@@ -102,7 +116,7 @@ fn restore(info: &NarInfo, cache: &str, input: Chunks, staging: &Path) -> Result
         return Err(FetchError::Hash { path: path(), cache: cache(), expected: info.nar_hash, found });
     }
     reader.finish().map_err(|source| FetchError::Nar { path: path(), cache: cache(), source })?;
-    Ok(staging.join(info.path.base_name()))
+    Ok(dir.join(info.path.base_name()))
 }
 
 /// The chunks of a transfer as something to read from, without copying them together.

@@ -78,10 +78,6 @@ impl Fetches {
                 let fetched = this.substituter.fetch(&roots, &sender).await;
                 // From here on a new call begins anew, and finds the closure valid or tries again.
                 this.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&roots);
-                if fetched.is_err() {
-                    let store = Arc::clone(this.substituter.store());
-                    tokio::task::spawn_blocking(move || store.empty_trash());
-                }
                 fetched.map(Arc::new).map_err(Arc::new)
             }
             .in_current_span(),
