@@ -7,6 +7,7 @@ cache=${NIX_CSI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/nix-csi}
 deny=$cache/cargo-deny-$version/bin/cargo-deny
 if [[ ! -x $deny ]]; then
     echo "deny.sh: building cargo-deny $version, once" >&2
+    mkdir -p "$cache"
     work=$(mktemp -d "$cache/.deny.XXXXXX")
     trap 'rm -rf -- "$work"' EXIT
     # Without its defaults: they are for fetching advisories by git.
