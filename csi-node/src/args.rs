@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use nix_csi_proto::{DRIVER_NAME, References, System};
 use nix_csi_store::StorePath;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::config::Config;
@@ -135,11 +135,7 @@ fn execute(args: Args) -> anyhow::Result<()> {
                 Ok(())
             }
             Command::Wait => {
-                let (mut terminate, mut interrupt) = ending()?;
-                tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
-                }
+                ending()?.await;
                 Ok(())
             }
             // Answered above, without options.
@@ -155,6 +151,7 @@ fn print_line(line: &dyn std::fmt::Display) {
 
 fn open(root: &Path, who: &str) -> anyhow::Result<(Arc<NodeStore>, RootLock)> {
     let lock = RootLock::acquire(root, who)?;
+    raise_file_limit();
     Ok((Arc::new(NodeStore::open(root)?), lock))
 }
 
@@ -200,20 +197,18 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
         csi_on_host: options.kubelet_dir.join("plugins").join(DRIVER_NAME).join("csi.sock"),
         registration: options.registration_dir.map(|dir| dir.join(format!("{DRIVER_NAME}-reg.sock"))),
     };
-    raise_file_limit();
-    let (mut terminate, mut interrupt) = ending()?;
-    let stop = async move {
+    Ok(serve(driver, &sockets, ending()?).await?)
+}
+
+/// Ends when a signal asks for the end. Signals are caught from the call on, not from the first wait.
+fn ending() -> std::io::Result<impl Future<Output = ()>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    };
-    Ok(serve(driver, &sockets, stop).await?)
-}
-
-/// The signals that ask for the end.
-fn ending() -> std::io::Result<(Signal, Signal)> {
-    Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?))
+    })
 }
 
 fn delete_node_data(root: &Path, yes: bool) -> anyhow::Result<()> {

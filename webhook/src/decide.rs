@@ -229,12 +229,9 @@ impl<'a> Planner<'a> {
         let sidecars = sidecars::of(self.pod);
         let is_main = |name: &str| is_main(name) && !sidecars.contains(name);
         // Later calls must not take what another webhook added in between.
-        let first_seen = |container: &Value| match &self.status {
-            Some(status) if all().any(|container| status.confirmed(self.pod, container).is_some()) => {
-                status.confirmed(self.pod, container).is_some()
-            }
-            _ => true,
-        };
+        let is_in = |status: &Status, container: &Value| status.confirmed(self.pod, container).is_some();
+        let earlier = self.status.as_ref().filter(|status| all().any(|container| is_in(status, container)));
+        let first_seen = |container: &Value| earlier.is_none_or(|status| is_in(status, container));
         let is_chosen = |container: &&Value| {
             let name = name_of(container);
             match &self.wish.containers {

@@ -193,12 +193,6 @@ impl Database {
         .collect()
     }
 
-    pub(super) fn len(&self) -> Result<u64, DatabaseError> {
-        let count: i64 =
-            self.connection().query_row("select count(*) from ValidPaths", [], |row| row.get(0))?;
-        Ok(count.unsigned_abs())
-    }
-
     /// All rows first, then all references, so that the order of `infos` does not matter.
     pub(super) fn register(&self, infos: &[&PathInfo]) -> Result<(), DatabaseError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

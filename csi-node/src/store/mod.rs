@@ -116,16 +116,6 @@ impl NodeStore {
         self.db.closure(roots).map(Some)
     }
 
-    /// How many paths are valid.
-    pub fn len(&self) -> Result<u64, DatabaseError> {
-        self.db.len()
-    }
-
-    /// Whether no path is valid.
-    pub fn is_empty(&self) -> Result<bool, DatabaseError> {
-        self.len().map(|len| len == 0)
-    }
-
     /// Moves restored paths into the store and registers them, in one transaction.
     ///
     /// All references must be valid already or among `staged`, and temporary roots must hold them all.
