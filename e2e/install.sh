@@ -25,12 +25,17 @@ kubectl apply -k "$repo/manifests/overlays/e2e" >&2
 [[ -z $installed ]] || kubectl -n nix-csi rollout restart daemonset/nix-csi-node deployment/nix-csi-webhook >&2
 kubectl -n nix-csi rollout status daemonset/nix-csi-node --timeout=60s >&2
 kubectl -n nix-csi rollout status deployment/nix-csi-webhook --timeout=60s >&2
-# Ready pods are not yet a caBundle in the configuration that the API server uses.
+# Ready pods are not yet a caBundle that the API server uses, nor a Service that kube-proxy leads to them: only an
+# answer to a review shows both. The review is of a pod that must be refused, and by us.
+reviewed() {
+    local said
+    said=$(kubectl run probe --dry-run=server --image=none --annotations=nix.lillecarl.com/packages=probe 2>&1) || true
+    [[ $said == *'"probe" is not a store path'* ]]
+}
 for _ in $(seq 100); do
-    bundle=$(kubectl get mutatingwebhookconfiguration 00-nix-csi -o 'jsonpath={.webhooks[*].clientConfig.caBundle}')
     driver=$(kubectl get csinode node-1 -o 'jsonpath={.spec.drivers[*].name}')
-    [[ -z $bundle || $driver != *nix-csi.lillecarl.com* ]] || exit 0
+    [[ $driver != *nix-csi.lillecarl.com* ]] || ! reviewed || exit 0
     sleep 0.2
 done
-echo "install.sh: no caBundle, or kubelet does not know the driver (it knows: ${driver:-none})" >&2
+echo "install.sh: the webhook answers no review, or kubelet does not know the driver (it knows: ${driver:-none})" >&2
 exit 1
