@@ -134,6 +134,11 @@ impl NarHash {
         Self(digest)
     }
 
+    /// The bytes of this hash.
+    pub const fn digest(&self) -> &[u8] {
+        &self.0
+    }
+
     /// `sha256:<64 hexadecimal digits>`, as in Nix's database.
     pub fn to_base16(self) -> String {
         format!("sha256:{}", data_encoding::HEXLOWER.encode(&self.0))
