@@ -2,7 +2,7 @@
 # Checks that every tool the end-to-end tests need is here, and on Debian and
 # Ubuntu, as root, installs what is missing.
 #
-#   setup.sh [kube|cluster|images|nix|build]...     default: all groups
+#   setup.sh [kube|cluster|images|nix|bench|build]...     default: all groups
 #
 # Silent and quick when nothing is missing. Elsewhere it fails with one message
 # that names each missing tool and the Debian package that has it.
@@ -40,11 +40,20 @@ nix     nix-store                   nix-bin
 nix     nix                         nix-bin
 nix     patchelf                    patchelf
 nix     busybox                     busybox-static
+nix     bzip2                       bzip2
 nix     zstd                        zstd
 nix     xz                          xz-utils
 nix     sqlite3                     sqlite3
+bench   nginx                       nginx-light
+bench   jq                          jq
+bench   flock                       util-linux
+bench   setpriv                     util-linux
+bench   unshare                     util-linux
+bench   mount                       mount
+bench   mkfs.ext4                   e2fsprogs
 build   cargo                       -
 build   gcc                         gcc
+build   g++                         g++
 '
 
 # Debian keeps some of these out of an ordinary user's PATH.
@@ -90,11 +99,11 @@ install_packages() {
 
 main() {
     local groups=("$@")
-    [[ $# -gt 0 ]] || groups=(kube cluster images nix build)
+    [[ $# -gt 0 ]] || groups=(kube cluster images nix bench build)
     local group
     for group in "${groups[@]}"; do
-        if [[ ! $group =~ ^(kube|cluster|images|nix|build)$ ]]; then
-            echo "setup.sh: no tool group \"$group\"; there are: kube cluster images nix build" >&2
+        if [[ ! $group =~ ^(kube|cluster|images|nix|bench|build)$ ]]; then
+            echo "setup.sh: no tool group \"$group\"; there are: kube cluster images nix bench build" >&2
             exit 2
         fi
     done
