@@ -61,6 +61,10 @@ test: setup ## Everything
 	$(MAKE) kernel
 	$(MAKE) cluster-tests
 
+.PHONY: bench
+bench: setup ## Fetch times beside those of real Nix and the machine's limit, in target/bench.json (root; ARGS=--rounds 3)
+	e2e/bench.sh $(ARGS)
+
 .PHONY: demo
 demo: setup images ## From nothing to a Deployment that runs a Nix package, shown step by step
 	e2e/demo.sh

@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -14,11 +14,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::config::Config;
-use crate::driver::{Driver, DriverOptions, substituter};
+use crate::driver::{Driver, DriverOptions, start_substituter};
 use crate::mount;
+use crate::progress::{self, Event};
 use crate::server::{Sockets, serve};
 use crate::store::{NodeStore, RootLock};
 use crate::substituter::{Closure, Progress};
+use crate::verify;
 use crate::view::{self, ViewSpec};
 use crate::volume::Volumes;
 
@@ -51,6 +53,14 @@ enum Command {
         /// Store paths, in the order in which their files win.
         #[arg(required = true)]
         paths: Vec<String>,
+    },
+    /// Hash every path of the store, and say which ones are not what the database says.
+    ///
+    /// Alone it only reads, beside a running driver too.
+    Verify {
+        /// Fetch what is damaged again. Refuses while a driver runs.
+        #[arg(long)]
+        repair: bool,
     },
     /// Delete the whole node store with its views. Refuses while a volume is recorded or a driver runs.
     DeleteNodeData {
@@ -122,9 +132,7 @@ fn execute(args: Args) -> anyhow::Result<()> {
             Command::Serve(options) => serve_driver(&args.root, &config, options).await,
             Command::Fetch { paths } => {
                 let (store, _lock) = open(&args.root, "nix-csi-node fetch")?;
-                let closure = fetch(&store, &config, &parse_paths(&paths)?).await?;
-                print_line(&serde_json::json!({ "paths": closure.paths.len(), "fetched": closure.fetched }));
-                Ok(())
+                fetch(&store, &config, &parse_paths(&paths)?).await.map(drop)
             }
             Command::View { paths } => {
                 let (store, _lock) = open(&args.root, "nix-csi-node view")?;
@@ -134,6 +142,7 @@ fn execute(args: Args) -> anyhow::Result<()> {
                 print_line(&view::build(&store, &spec, &closure.paths)?.display());
                 Ok(())
             }
+            Command::Verify { repair } => verify(&args.root, &config, repair).await,
             Command::Wait => {
                 ending()?.await;
                 Ok(())
@@ -160,29 +169,72 @@ fn parse_paths(paths: &[String]) -> anyhow::Result<Vec<StorePath>> {
     Ok(references.items().iter().map(|item| item.reference.path.clone()).collect())
 }
 
+/// Fetches closures, shows how far it is, and waits until they are on the disk.
 async fn fetch(store: &Arc<NodeStore>, config: &Config, paths: &[StorePath]) -> anyhow::Result<Closure> {
-    let substituter = substituter(Arc::clone(store), config)?;
-    let (sender, mut progress) = watch::channel(Progress::default());
-    let shown = tokio::spawn(async move {
-        while std::io::stderr().is_terminal() && progress.changed().await.is_ok() {
-            eprint!("\r{}\x1b[K", *progress.borrow_and_update());
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    });
+    let start = Instant::now();
+    let substituter = start_substituter(Arc::clone(store), config)?;
+    recover(store).await?;
+    let (sender, progress) = watch::channel(Progress::default());
+    let shown = tokio::spawn(progress::show(progress));
     let fetched = substituter.fetch(paths, &sender).await;
     drop(sender);
-    let _ = shown.await;
+    if std::io::stderr().is_terminal() {
+        shown.await?;
+    } else {
+        // Between two lines: the last one says more.
+        shown.abort();
+    }
     let store = Arc::clone(store);
-    tokio::task::spawn_blocking(move || store.empty_trash()).await??;
-    Ok(fetched?)
+    let closure = fetched?;
+    progress::tell(&Event::Valid {
+        paths: closure.paths.len(),
+        fetched: closure.fetched,
+        register_seconds: closure.registering.as_secs_f64(),
+        ran_alone: substituter.ran_alone(),
+        seconds: start.elapsed().as_secs_f64(),
+    });
+    tokio::task::spawn_blocking(move || store.sync()).await??;
+    progress::tell(&Event::Durable { seconds: start.elapsed().as_secs_f64() });
+    Ok(closure)
+}
+
+async fn recover(store: &Arc<NodeStore>) -> anyhow::Result<()> {
+    let store = Arc::clone(store);
+    Ok(tokio::task::spawn_blocking(move || store.recover()).await??)
+}
+
+async fn verify(root: &Path, config: &Config, repair: bool) -> anyhow::Result<()> {
+    let _lock = if repair { Some(RootLock::acquire(root, "nix-csi-node verify --repair")?) } else { None };
+    raise_file_limit();
+    let store = Arc::new(NodeStore::open(root)?);
+    let looking = Arc::clone(&store);
+    let (paths, damaged) = tokio::task::spawn_blocking(move || verify::find_damage(&looking)).await??;
+    let mut repaired = 0;
+    if repair && !damaged.is_empty() {
+        let substituter = start_substituter(Arc::clone(&store), config)?;
+        for info in &damaged {
+            match verify::repair(&store, &substituter, info).await {
+                Ok(()) => repaired += 1,
+                Err(error) => tracing::error!(path = %info.path, "cannot repair: {error:#}"),
+            }
+        }
+        tokio::task::spawn_blocking(move || {
+            store.empty_trash()?;
+            Ok::<_, anyhow::Error>(store.sync()?)
+        })
+        .await??;
+    }
+    progress::tell(&Event::Verified { paths, damaged: damaged.len(), repaired });
+    anyhow::ensure!(repaired == damaged.len(), "{} paths are damaged", damaged.len() - repaired);
+    Ok(())
 }
 
 async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::Result<()> {
     mount::probe().context("this kernel is too old for detached mounts: Linux 5.12 or newer is needed")?;
     let (store, _lock) = open(root, "the driver (nix-csi-node serve)")?;
-    let substituter = substituter(Arc::clone(&store), config)?;
+    let substituter = start_substituter(Arc::clone(&store), config)?;
     let driver = Driver::new(
-        store,
+        Arc::clone(&store),
         substituter,
         DriverOptions {
             node_name: options.node_name,
@@ -191,13 +243,22 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
             patience: Duration::from_secs(options.patience),
         },
     );
-    driver.clear_leftovers();
+    let recovering = driver.clone();
+    tokio::task::spawn_blocking(move || recovering.recover())
+        .await?
+        .context("cannot put the store in order")?;
+    let looking_after = driver.clone();
+    let looking_after = tokio::spawn(async move { looking_after.look_after_the_store().await });
     let sockets = Sockets {
         csi: options.csi_socket,
         csi_on_host: options.kubelet_dir.join("plugins").join(DRIVER_NAME).join("csi.sock"),
         registration: options.registration_dir.map(|dir| dir.join(format!("{DRIVER_NAME}-reg.sock"))),
     };
-    Ok(serve(driver, &sockets, ending()?).await?)
+    let served = serve(driver, &sockets, ending()?).await;
+    looking_after.abort();
+    // What was registered last is on the disk when the process has ended.
+    tokio::task::spawn_blocking(move || store.sync()).await?.context("cannot sync the store")?;
+    Ok(served?)
 }
 
 /// Ends when a signal asks for the end. Signals are caught from the call on, not from the first wait.

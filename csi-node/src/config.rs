@@ -5,8 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix_csi_store::{ParseKeyError, PublicKey, TrustedKeys};
+use nix_csi_store::conf::{self, Statement};
+use nix_csi_store::{Netrc, ParseKeyError, ParseNetrcError, PublicKey, TrustedKeys};
 use reqwest::Url;
+
+use crate::substituter::{Logins, ParseTokensError};
 
 /// Why the options cannot be used. The process stops: nothing is silently replaced by a default.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +22,7 @@ pub enum ConfigError {
         /// What the system said.
         source: io::Error,
     },
-    /// A line without `=`.
+    /// A line that is no setting.
     #[error("line {line}: expected `name = value`")]
     Line {
         /// Which line, from one.
@@ -53,6 +56,25 @@ pub enum ConfigError {
     },
 }
 
+/// Why this node's credentials cannot be used. No message has any of them in it.
+#[derive(Debug, thiserror::Error)]
+pub enum LoginsError {
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// `netrc-file`.
+    #[error("the netrc")]
+    Netrc(#[from] ParseNetrcError),
+    /// `bearer-tokens-file`.
+    #[error(transparent)]
+    Tokens(#[from] ParseTokensError),
+}
+
 /// The options of a node. Without a file: Nix's own defaults, but for `http-connections`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -70,6 +92,10 @@ pub struct Config {
     pub stalled_download_timeout: Duration,
     /// `download-attempts`.
     pub download_attempts: u32,
+    /// `netrc-file`: names and passwords for caches.
+    pub netrc_file: Option<PathBuf>,
+    /// `bearer-tokens-file`, which Nix does not have: lines of `<host> <token>`.
+    pub bearer_tokens_file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -83,35 +109,32 @@ impl Default for Config {
             connect_timeout: Duration::from_secs(15),
             stalled_download_timeout: Duration::from_mins(5),
             download_attempts: 5,
+            netrc_file: None,
+            bearer_tokens_file: None,
         }
     }
 }
 
 /// One line, with what its errors need.
-struct Setting<'a> {
-    line: usize,
-    column: usize,
-    option: &'a str,
-    value: &'a str,
-}
+struct Setting<'a>(conf::Setting<'a>);
 
 impl<'a> Setting<'a> {
     fn bad(&self, value: &str, expected: &'static str) -> ConfigError {
         ConfigError::Value {
-            line: self.line,
-            column: self.column,
-            option: self.option.to_owned(),
+            line: self.0.line,
+            column: self.0.column,
+            option: self.0.name.to_owned(),
             value: value.to_owned(),
             expected,
         }
     }
 
     fn words(&self) -> impl Iterator<Item = &'a str> {
-        self.value.split_ascii_whitespace()
+        self.0.words().map(|(_, word)| word)
     }
 
     fn number<N: std::str::FromStr>(&self) -> Result<N, ConfigError> {
-        self.value.parse().map_err(|_| self.bad(self.value, "a number"))
+        self.0.value.parse().map_err(|_| self.bad(self.0.value, "a number"))
     }
 
     fn seconds(&self) -> Result<Duration, ConfigError> {
@@ -119,18 +142,24 @@ impl<'a> Setting<'a> {
     }
 
     fn bool(&self) -> Result<bool, ConfigError> {
-        match self.value {
+        match self.0.value {
             "true" | "yes" | "1" => Ok(true),
             "false" | "no" | "0" => Ok(false),
             value => Err(self.bad(value, "true or false")),
         }
     }
 
+    /// Nothing, as without the option, if it is empty.
+    fn file(&self) -> Option<PathBuf> {
+        Some(PathBuf::from(self.0.value)).filter(|path| !path.as_os_str().is_empty())
+    }
+
     fn caches(&self) -> Result<Vec<Url>, ConfigError> {
         self.words()
             .map(|word| {
-                let url = Url::parse(word).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
-                url.ok_or_else(|| self.bad(word, "the http or https address of a binary cache"))
+                let url =
+                    Url::parse(word).ok().filter(|url| matches!(url.scheme(), "http" | "https" | "file"));
+                url.ok_or_else(|| self.bad(word, "the http, https or file address of a binary cache"))
             })
             .collect()
     }
@@ -138,9 +167,9 @@ impl<'a> Setting<'a> {
     fn keys(&self) -> Result<Vec<PublicKey>, ConfigError> {
         let key = |word: &str| {
             word.parse().map_err(|source| ConfigError::Key {
-                line: self.line,
-                column: self.column,
-                option: self.option.to_owned(),
+                line: self.0.line,
+                column: self.0.column,
+                option: self.0.name.to_owned(),
                 source,
             })
         };
@@ -164,20 +193,13 @@ impl Config {
     pub fn parse(text: &str) -> Result<(Self, Vec<String>), ConfigError> {
         let mut config = Self::default();
         let mut unknown = Vec::new();
-        for (n, full) in text.lines().enumerate() {
-            let line = full.split('#').next().unwrap_or_default();
-            if line.trim().is_empty() {
-                continue;
-            }
-            let (option, value) = line.split_once('=').ok_or(ConfigError::Line { line: n + 1 })?;
-            let before = option.len() + 1 + (value.len() - value.trim_start().len());
-            let setting = Setting {
-                line: n + 1,
-                column: line[..before].chars().count() + 1,
-                option: option.trim(),
-                value: value.trim(),
+        for statement in conf::statements(text) {
+            let setting = match statement {
+                Ok(Statement::Setting(setting)) => Setting(setting),
+                Ok(Statement::Include(include)) => return Err(ConfigError::Line { line: include.line }),
+                Err(error) => return Err(ConfigError::Line { line: error.line() }),
             };
-            match setting.option {
+            match setting.0.name {
                 "substituters" => config.substituters = setting.caches()?,
                 "extra-substituters" => config.substituters.extend(setting.caches()?),
                 "trusted-public-keys" => config.trusted_public_keys = setting.keys()?,
@@ -187,10 +209,23 @@ impl Config {
                 "connect-timeout" => config.connect_timeout = setting.seconds()?,
                 "stalled-download-timeout" => config.stalled_download_timeout = setting.seconds()?,
                 "download-attempts" => config.download_attempts = setting.number()?,
+                "netrc-file" => config.netrc_file = setting.file(),
+                "bearer-tokens-file" => config.bearer_tokens_file = setting.file(),
                 option => unknown.push(option.to_owned()),
             }
         }
         Ok((config, unknown))
+    }
+
+    /// Who this node is to which host, read from the files that say so.
+    pub fn logins(&self) -> Result<Logins, LoginsError> {
+        let read = |path: &Option<PathBuf>| match path {
+            Some(path) => {
+                fs::read_to_string(path).map_err(|source| LoginsError::Read { path: path.clone(), source })
+            }
+            None => Ok(String::new()),
+        };
+        Ok(Logins::new(Netrc::parse(&read(&self.netrc_file)?)?, &read(&self.bearer_tokens_file)?)?)
     }
 
     /// The keys, ready to verify with.
@@ -221,7 +256,7 @@ mod tests {
     #[case::no_equals("substituters", "line 1: expected `name = value`")]
     #[case::not_a_cache(
         "\nsubstituters =  s3://x",
-        "line 2, column 17: `substituters`: \"s3://x\" is not the http or https address of a binary cache"
+        "line 2, column 17: `substituters`: \"s3://x\" is not the http, https or file address of a binary cache"
     )]
     #[case::not_a_bool(
         "require-sigs = maybe",

@@ -1,15 +1,15 @@
 //! The parts of a running driver, put together.
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use nix_csi_proto::System;
 
 use crate::config::Config;
 use crate::ops::Operations;
-use crate::store::NodeStore;
+use crate::store::{NodeStore, RegisterError};
 use crate::substituter::{self, BinaryCache, Fetches, Substituter, Trust};
 use crate::volume::Volumes;
 
@@ -25,6 +25,11 @@ pub struct DriverOptions {
     /// How long a call waits for a fetch. Kubelet's own deadline is two minutes.
     pub patience: Duration,
 }
+
+/// How often what was registered is synced.
+const SYNCED: Duration = Duration::from_secs(5);
+/// By then kubelet has asked again for every volume that an earlier process was fetching for.
+const ADOPTED: Duration = Duration::from_mins(10);
 
 /// A driver, without its sockets.
 #[derive(Clone)]
@@ -51,31 +56,45 @@ impl Driver {
         }
     }
 
-    /// Takes away what an earlier process left half done. Only while nothing is served yet.
-    pub fn clear_leftovers(&self) {
-        if let Err(error) = self.store.clear_leftovers() {
-            tracing::warn!(%error, "cannot clear away what an earlier process left");
-        }
-        self.empty_trash_later();
+    /// Puts in order what an earlier process left. Only while nothing is served yet.
+    pub fn recover(&self) -> Result<(), RegisterError> {
+        self.store.recover()?;
+        self.store.empty_trash_later();
+        Ok(())
     }
 
-    /// Deletes what was discarded, beside everything else.
-    pub(crate) fn empty_trash_later(&self) {
-        let store = Arc::clone(&self.store);
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = store.empty_trash() {
-                tracing::warn!(%error, "cannot empty the trash yet");
+    /// Syncs what was registered, now and then, and lets go of what nobody has adopted. Never ends.
+    pub async fn look_after_the_store(&self) {
+        let start = tokio::time::Instant::now();
+        let mut tick = tokio::time::interval_at(start + SYNCED, SYNCED);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let now = tick.tick().await;
+            let store = Arc::clone(&self.store);
+            let is_late = now.duration_since(start) > ADOPTED;
+            let looked_after = tokio::task::spawn_blocking(move || {
+                if is_late {
+                    store.staging().discard_leftovers();
+                }
+                store.sync()
+            });
+            if let Ok(Err(error)) = looked_after.await {
+                let error = anyhow::Error::new(error);
+                tracing::error!("the store is not synced: {error:#}");
             }
-        });
+        }
     }
 }
 
-/// The substituter that `config` describes.
-pub(crate) fn substituter(store: Arc<NodeStore>, config: &Config) -> anyhow::Result<Substituter> {
+/// Starts the substituter that `config` describes.
+pub fn start_substituter(store: Arc<NodeStore>, config: &Config) -> anyhow::Result<Substituter> {
     let client = substituter::client(config)?;
-    let cache = |url: &reqwest::Url| BinaryCache::new(url.clone(), client.clone(), config.download_attempts);
+    let logins = Arc::new(config.logins().context("the credentials for binary caches")?);
+    let cache = |url: &reqwest::Url| {
+        let (client, logins) = (client.clone(), Arc::clone(&logins));
+        BinaryCache::new(url.clone(), client, logins, config.http_connections, config.download_attempts)
+    };
     let caches = config.substituters.iter().map(cache).collect();
     let trust = Trust { keys: config.trusted_keys(), require_sigs: config.require_sigs };
-    let substituter = Substituter::new(store, caches, trust, config.http_connections);
-    substituter.map_err(|error: io::Error| anyhow::Error::new(error).context("cannot start restore threads"))
+    Substituter::new(store, caches, trust).context("cannot start restore threads")
 }

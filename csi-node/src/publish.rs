@@ -98,19 +98,29 @@ impl PublishError {
 fn fetch_code(error: &FetchError) -> Code {
     match error {
         FetchError::NotFound { .. } => Code::NotFound,
-        FetchError::Untrusted { .. } | FetchError::TooManyPaths { .. } => Code::FailedPrecondition,
+        FetchError::Untrusted { .. }
+        | FetchError::Window { .. }
+        | FetchError::TooManyPaths { .. }
+        | FetchError::TooManyBytes { .. } => Code::FailedPrecondition,
+        FetchError::NoSpace { .. } => Code::ResourceExhausted,
         FetchError::Lookup { source, .. } | FetchError::Download { source, .. } => match source {
             CacheError::Unauthorized { .. } => Code::PermissionDenied,
-            CacheError::Unreachable { .. } | CacheError::Status { .. } => Code::Unavailable,
+            CacheError::Unreachable { .. } | CacheError::Status { .. } | CacheError::Paused { .. } => {
+                Code::Unavailable
+            }
             CacheError::Gone { .. } => Code::NotFound,
+            CacheError::File { .. } => Code::Internal,
             CacheError::TooLong { .. }
             | CacheError::NarInfo { .. }
+            | CacheError::StoreDir { .. }
+            | CacheError::Encoding { .. }
             | CacheError::OtherPath { .. }
             | CacheError::NarUrl { .. } => Code::DataLoss,
         },
         FetchError::Decode { .. }
         | FetchError::Nar { .. }
         | FetchError::Size { .. }
+        | FetchError::ContentAddress { .. }
         | FetchError::Hash { .. } => Code::DataLoss,
         FetchError::Restore { source, .. } | FetchError::Staging(source) => io_code(source),
         FetchError::Register(RegisterError::Io(error)) => io_code(&error.source),
@@ -127,6 +137,7 @@ fn fetch_code(error: &FetchError) -> Code {
 
 fn io_code(error: &std::io::Error) -> Code {
     use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    // Without inodes the kernel says that there is no space, too.
     if matches!(error.kind(), StorageFull | QuotaExceeded) { Code::ResourceExhausted } else { Code::Internal }
 }
 
@@ -177,7 +188,7 @@ impl Driver {
             Ok::<_, PublishError>(())
         })
         .await??;
-        self.empty_trash_later();
+        self.store.empty_trash_later();
         Ok(())
     }
 
@@ -231,7 +242,7 @@ impl Driver {
         })
         .await?;
         if built.is_err() {
-            self.empty_trash_later();
+            self.store.empty_trash_later();
         }
         Ok(built?)
     }

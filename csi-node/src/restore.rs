@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::sync::Arc;
 
 use nix_csi_store::nar::NarSink;
 use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps};
@@ -21,18 +21,22 @@ pub(crate) const STORE_TIME: Timestamps = {
 /// Modes and times are final, but for the top directory: that one stays writable to its owner, because
 /// without it nobody can move it into the store.
 pub(crate) struct Restore {
-    parent: OwnedFd,
+    parent: Arc<OwnedFd>,
     name: Box<[u8]>,
     open: Vec<OwnedFd>,
     file: Option<OwnedFd>,
+    is_dir: bool,
 }
 
 impl Restore {
-    /// Begins to restore as `name` in `parent`, where nothing of that name may be.
-    pub(crate) fn new(parent: &Path, name: &str) -> io::Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let parent = rustix::fs::open(parent, flags, Mode::empty())?;
-        Ok(Self { parent, name: name.as_bytes().into(), open: Vec::new(), file: None })
+    /// Restores as `name` in `parent`, where nothing of that name may be.
+    pub(crate) fn new(parent: Arc<OwnedFd>, name: &[u8]) -> Self {
+        Self { parent, name: name.into(), open: Vec::new(), file: None, is_dir: false }
+    }
+
+    /// Whether what was restored is a directory.
+    pub(crate) fn is_dir(&self) -> bool {
+        self.is_dir
     }
 
     /// The directory and name that an entry has; the root's own name is ours to choose.
@@ -52,6 +56,7 @@ impl NarSink for Restore {
         rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+        self.is_dir |= self.open.is_empty();
         self.open.push(dir);
         Ok(())
     }

@@ -339,7 +339,7 @@ fn the_image_resolves_names() -> Result<()> {
             "--timeout=60s",
         ])?;
         let log = namespace.kubectl(&["logs", "fetch"])?;
-        assert!(log.contains("{\"fetched\":2,\"paths\":2}"), "{log}");
+        assert!(log.contains(r#""event":"valid","paths":2,"fetched":2"#), "{log}");
         Ok(())
     })
 }

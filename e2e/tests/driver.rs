@@ -13,8 +13,7 @@ use hyper_util::rt::TokioIo;
 use nix_csi_e2e::{Fixtures, StaticServer, nix};
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, RootLock};
-use nix_csi_node::substituter::{self, BinaryCache, Substituter, Trust};
-use nix_csi_node::{Driver, DriverOptions, Sockets, serve};
+use nix_csi_node::{Driver, DriverOptions, Sockets, serve, start_substituter};
 use nix_csi_proto::System;
 use nix_csi_proto::csi::identity_client::IdentityClient;
 use nix_csi_proto::csi::node_client::NodeClient;
@@ -62,11 +61,13 @@ impl Setup {
         let server = StaticServer::start(&fixtures.cache("zstd"))?;
         let lock = RootLock::acquire(&root, "the driver of a test")?;
         let store = Arc::new(NodeStore::open(&root)?);
-        let config =
-            Config { trusted_public_keys: vec![fixtures.public_key()?.parse()?], ..Config::default() };
-        let cache = BinaryCache::new(server.url().parse()?, substituter::client(&config)?, 1);
-        let trust = Trust { keys: config.trusted_keys(), require_sigs: true };
-        let substituter = Substituter::new(Arc::clone(&store), vec![cache], trust, 64)?;
+        let config = Config {
+            substituters: vec![server.url().parse()?],
+            trusted_public_keys: vec![fixtures.public_key()?.parse()?],
+            download_attempts: 1,
+            ..Config::default()
+        };
+        let substituter = start_substituter(Arc::clone(&store), &config)?;
         let driver = Driver::new(
             store,
             substituter,

@@ -11,8 +11,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use nix_csi_e2e::{Fault, FaultProxy, Fixtures, StaticServer, nix};
 use nix_csi_node::config::Config;
+use nix_csi_node::start_substituter;
 use nix_csi_node::store::NodeStore;
-use nix_csi_node::substituter::{self, BinaryCache, Closure, FetchError, Progress, Substituter, Trust};
+use nix_csi_node::substituter::{Closure, FetchError, Progress, Substituter};
 use nix_csi_node::view::{self, ViewSpec};
 use nix_csi_store::StorePath;
 use rstest::rstest;
@@ -41,16 +42,14 @@ impl Setup {
         let root = tempfile::tempdir()?;
         let server = StaticServer::start(&fixtures.cache(compression))?;
         let config = Config {
+            substituters: urls(&server)?.iter().map(|url| url.parse()).collect::<Result<_, _>>()?,
             trusted_public_keys: vec![fixtures.public_key()?.parse()?],
             stalled_download_timeout: Duration::from_secs(5),
+            download_attempts: 3,
             ..Config::default()
         };
         let store = Arc::new(NodeStore::open(root.path())?);
-        let client = substituter::client(&config)?;
-        let cache = |url: String| Ok(BinaryCache::new(url.parse()?, client.clone(), 3));
-        let caches = urls(&server)?.into_iter().map(cache).collect::<Result<_>>()?;
-        let trust = Trust { keys: config.trusted_keys(), require_sigs: true };
-        let substituter = Substituter::new(store, caches, trust, 64)?;
+        let substituter = start_substituter(store, &config)?;
         Ok(Self { fixtures, root, substituter, server })
     }
 
@@ -182,11 +181,14 @@ async fn an_unknown_path_and_a_dead_cache_are_told_apart() -> Result<()> {
     let unknown: StorePath = "/nix/store/00000000000000000000000000000000-unknown".parse()?;
     let sender = watch::channel(Progress::default()).0;
     let error = setup.substituter.fetch(std::slice::from_ref(&unknown), &sender).await.expect_err("unknown");
-    assert!(matches!(error, FetchError::NotFound { .. }), "{error:?}");
+    assert!(matches!(error.root(), FetchError::NotFound { .. }), "{error:?}");
     let Setup { server, substituter, .. } = setup;
     drop(server);
-    let error = substituter.fetch(&[unknown], &sender).await.expect_err("dead");
-    assert!(matches!(&error, FetchError::Lookup { source, .. } if source.is_temporary()), "{error:?}");
+    // The first one is known to be missing for a while.
+    let another: StorePath = "/nix/store/11111111111111111111111111111111-unknown".parse()?;
+    let error = substituter.fetch(&[another], &sender).await.expect_err("dead");
+    let temporary = matches!(error.root(), FetchError::Lookup { source, .. } if source.is_temporary());
+    assert!(temporary, "{error:?}");
     Ok(())
 }
 

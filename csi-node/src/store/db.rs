@@ -1,8 +1,8 @@
 //! Nix's own database of valid paths: schema 10, as Nix 2.8 to 2.36 and Lix read and write it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{io, str::FromStr as _};
@@ -115,9 +115,10 @@ impl From<NarInfo> for PathInfo {
     }
 }
 
-/// An open database. One connection: SQLite has one writer anyway, and every question here is short.
+/// An open database. One connection writes and one reads: a question never waits for a registration.
 pub(super) struct Database {
-    connection: Mutex<Connection>,
+    writer: Mutex<Connection>,
+    reader: Mutex<Connection>,
     /// Shared as long as the store is open: only a schema migration wants it alone.
     _big_lock: File,
 }
@@ -141,13 +142,8 @@ impl Database {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(PathError::on("read", &schema)(error).into()),
         }
-        let connection = Connection::open(dir.join("db.sqlite"))?;
-        connection.busy_timeout(Duration::from_mins(1))?;
-        connection.pragma_update(None, "foreign_keys", true)?;
-        connection.pragma_update(None, "journal_mode", "wal")?;
-        connection.pragma_update(None, "synchronous", "normal")?;
-        connection.pragma_update(None, "wal_autocheckpoint", 40_000)?;
-        connection.execute_batch(TABLES)?;
+        let writer = connect(&dir.join("db.sqlite"))?;
+        writer.execute_batch(TABLES)?;
         // Last: a database without it is one whose tables may be missing.
         if !schema.exists() {
             let beside = dir.join(".schema");
@@ -155,16 +151,12 @@ impl Database {
                 .and_then(|()| fs::rename(&beside, &schema))
                 .map_err(PathError::on("write", &schema))?;
         }
-        Ok(Self { connection: Mutex::new(connection), _big_lock: lock })
-    }
-
-    fn connection(&self) -> MutexGuard<'_, Connection> {
-        // A panic cannot leave a transaction half done: dropping one rolls it back.
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+        let reader = connect(&dir.join("db.sqlite"))?;
+        Ok(Self { writer: Mutex::new(writer), reader: Mutex::new(reader), _big_lock: lock })
     }
 
     pub(super) fn valid(&self, paths: &[StorePath]) -> Result<HashSet<StorePath>, DatabaseError> {
-        let connection = self.connection();
+        let connection = locked(&self.reader);
         let mut query = connection.prepare_cached("select 1 from ValidPaths where path = ?")?;
         let mut valid = HashSet::new();
         for path in paths {
@@ -176,7 +168,7 @@ impl Database {
     }
 
     pub(super) fn closure(&self, roots: &[StorePath]) -> Result<Vec<StorePath>, DatabaseError> {
-        let connection = self.connection();
+        let connection = locked(&self.reader);
         let mut query = connection.prepare_cached(
             "with recursive Closure(id) as (
                  select id from ValidPaths where path in (select value from json_each(?))
@@ -184,19 +176,14 @@ impl Database {
                  select reference from Refs join Closure on referrer = Closure.id)
              select path from ValidPaths join Closure using (id) order by path",
         )?;
-        let roots: Vec<_> = roots.iter().map(ToString::to_string).collect();
-        let rows = query.query_map([serde_json::json!(roots).to_string()], |row| row.get::<_, String>(0))?;
-        rows.map(|row| {
-            let path = row?;
-            StorePath::from_str(&path).map_err(|_| DatabaseError::Row(path))
-        })
-        .collect()
+        let rows = query.query_map([json(roots)], |row| row.get::<_, String>(0))?;
+        rows.map(|path| store_path(&path?)).collect()
     }
 
     /// All rows first, then all references, so that the order of `infos` does not matter.
     pub(super) fn register(&self, infos: &[&PathInfo]) -> Result<(), DatabaseError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut connection = self.connection();
+        let mut connection = locked(&self.writer);
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         {
             let mut insert = transaction.prepare_cached(
@@ -206,7 +193,8 @@ impl Database {
             let mut find = transaction.prepare_cached("select id from ValidPaths where path = ?")?;
             let mut refer = transaction
                 .prepare_cached("insert or ignore into Refs (referrer, reference) values (?, ?)")?;
-            let mut ids = Vec::with_capacity(infos.len());
+            // Most references are within what is registered, and to the same few paths.
+            let mut ids: HashMap<&StorePath, i64> = HashMap::with_capacity(infos.len());
             for info in infos {
                 insert.execute(params![
                     info.path.to_string(),
@@ -217,20 +205,110 @@ impl Database {
                     (!info.signatures.is_empty()).then(|| info.signatures.join(" ")),
                     info.ca,
                 ])?;
-                ids.push(transaction.last_insert_rowid());
+                ids.insert(&info.path, transaction.last_insert_rowid());
             }
-            for (info, id) in infos.iter().zip(ids) {
+            for info in infos {
+                let id = ids[&info.path];
                 for reference in &info.references {
-                    let to: Option<i64> =
-                        find.query_row([reference.to_string()], |row| row.get(0)).optional()?;
+                    let known = ids.get(reference).copied();
+                    let to = known.map_or_else(
+                        || find.query_row([reference.to_string()], |row| row.get(0)).optional(),
+                        |id| Ok(Some(id)),
+                    )?;
                     let to = to.ok_or_else(|| DatabaseError::DanglingReference {
                         path: info.path.clone(),
                         reference: reference.clone(),
                     })?;
+                    ids.insert(reference, to);
                     refer.execute([id, to])?;
                 }
             }
         }
         Ok(transaction.commit()?)
     }
+
+    /// The id of the newest row, or zero.
+    pub(super) fn last_row(&self) -> Result<i64, DatabaseError> {
+        let connection = locked(&self.reader);
+        Ok(connection.query_row("select coalesce(max(id), 0) from ValidPaths", [], |row| row.get(0))?)
+    }
+
+    /// All paths whose rows are newer than `row`.
+    pub(super) fn beyond(&self, row: i64) -> Result<Vec<PathInfo>, DatabaseError> {
+        let connection = locked(&self.reader);
+        let mut query = connection.prepare_cached(
+            "select id, path, hash, narSize, deriver, sigs, ca from ValidPaths where id > ? order by id",
+        )?;
+        let mut refer = connection.prepare_cached(
+            "select path from Refs join ValidPaths on reference = id where referrer = ? order by path",
+        )?;
+        let mut infos = Vec::new();
+        let mut rows = query.query([row])?;
+        while let Some(row) = rows.next()? {
+            let references = refer.query_map([row.get::<_, i64>(0)?], |row| row.get::<_, String>(0))?;
+            let hash: String = row.get(2)?;
+            let signatures: Option<String> = row.get(5)?;
+            infos.push(PathInfo {
+                path: store_path(&row.get::<_, String>(1)?)?,
+                nar_hash: hash.parse().map_err(|_| DatabaseError::Row(hash))?,
+                nar_size: row.get::<_, Option<i64>>(3)?.unwrap_or_default().cast_unsigned(),
+                references: references.map(|path| store_path(&path?)).collect::<Result<_, _>>()?,
+                deriver: row.get::<_, Option<String>>(4)?.and_then(|path| path.parse().ok()),
+                signatures: signatures.iter().flat_map(|all| all.split(' ')).map(ToOwned::to_owned).collect(),
+                ca: row.get(6)?,
+            });
+        }
+        Ok(infos)
+    }
+
+    /// Makes `paths` invalid, and all that refer to them. Gives back all that were valid.
+    pub(super) fn invalidate(&self, paths: &[StorePath]) -> Result<Vec<StorePath>, DatabaseError> {
+        if paths.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut connection = locked(&self.writer);
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let found: Vec<(i64, String)> = {
+            let mut query = transaction.prepare(
+                "with recursive Referrers(id) as (
+                     select id from ValidPaths where path in (select value from json_each(?))
+                     union
+                     select referrer from Refs join Referrers on reference = Referrers.id)
+                 select id, path from ValidPaths join Referrers using (id)",
+            )?;
+            let rows = query.query_map([json(paths)], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            rows.collect::<Result<_, _>>()?
+        };
+        for (id, _) in &found {
+            transaction.execute("delete from Refs where referrer = ?", [id])?;
+        }
+        for (id, _) in &found {
+            transaction.execute("delete from ValidPaths where id = ?", [id])?;
+        }
+        transaction.commit()?;
+        found.iter().map(|(_, path)| store_path(path)).collect()
+    }
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(Duration::from_mins(1))?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "journal_mode", "wal")?;
+    connection.pragma_update(None, "synchronous", "normal")?;
+    connection.pragma_update(None, "wal_autocheckpoint", 40_000)?;
+    Ok(connection)
+}
+
+fn locked(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+    // A panic cannot leave a transaction half done: dropping one rolls it back.
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn json(paths: &[StorePath]) -> String {
+    serde_json::json!(paths.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string()
+}
+
+fn store_path(text: &str) -> Result<StorePath, DatabaseError> {
+    StorePath::from_str(text).map_err(|_| DatabaseError::Row(text.to_owned()))
 }

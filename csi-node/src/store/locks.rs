@@ -30,6 +30,12 @@ impl PathLocks {
         }
         Ok(locks)
     }
+
+    /// Lets go of them in another thread: they keep nobody but others from these paths.
+    pub(super) fn release_later(self) {
+        // Without a thread they go here.
+        let _ = std::thread::Builder::new().name("unlock".to_owned()).spawn(move || drop(self));
+    }
 }
 
 impl Drop for PathLocks {

@@ -3,37 +3,42 @@
 //! ```text
 //! <root>/format                     integer, see [`layout`]
 //! <root>/lock                       held by the one process that writes
-//! <root>/boot                       the boot in which the views were built
+//! <root>/durable                    what a power cut cannot take any more, see [`durable`]
 //! <root>/nix/store/<hash>-<name>    sealed: 0444 or 0555, mtime 1
 //! <root>/nix/var/nix/db/db.sqlite   what is valid: Nix's schema, Nix's locks
 //! <root>/nix/var/nix/gcroots/nix-csi/<view>/<n>
-//! <root>/staging/<fetch>            paths are restored here: a real GC deletes strangers in the store
+//! <root>/staging/<n>                paths are restored here: a real GC deletes strangers in the store
 //! <root>/views/<view>, <root>/volumes/<volume>, <root>/trash
 //! ```
 //! **Invariant:** a path is in the database only after every byte of it was verified and is in its place.
 //! **Invariant:** paths in the database and in roots are logical (`/nix/store/…`), never `<root>/…`.
 
 mod db;
+mod durable;
 mod layout;
 mod locks;
 mod roots;
+mod staging;
+mod trash;
 
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::sync::Arc;
 
-use nix_csi_store::StorePath;
+use nix_csi_store::{NarHash, StorePath};
+use rustix::fs::CWD;
 
 pub use db::{DatabaseError, PathInfo};
 pub use layout::{Layout, OpenError, RootLock};
 pub use roots::TempRoots;
+pub use staging::{NoSpace, Place, Staged, Staging};
 
 use crate::path_error::PathError;
 use db::Database;
+use durable::{Durable, Known};
+use trash::Trash;
 
 /// Why restored paths could not be made part of the store.
 #[derive(Debug, thiserror::Error)]
@@ -46,21 +51,17 @@ pub enum RegisterError {
     Database(#[from] DatabaseError),
 }
 
-/// A path that was restored and verified, and waits to be moved into the store.
-#[derive(Debug)]
-pub struct Staged {
-    /// What will be registered.
-    pub info: PathInfo,
-    /// Where it is.
-    pub at: PathBuf,
-}
+/// From this many paths on, a second thread moves half of them.
+const MANY: usize = 16;
 
 /// The store of one node. All of it blocks, none of it for long.
 pub struct NodeStore {
     layout: Layout,
     db: Database,
-    started: u128,
-    names: AtomicU64,
+    trash: Trash,
+    staging: Staging,
+    durable: Durable,
+    known: Known,
 }
 
 impl NodeStore {
@@ -68,8 +69,11 @@ impl NodeStore {
     pub fn open(root: &Path) -> Result<Self, OpenError> {
         let layout = Layout::open(root)?;
         let db = Database::open(&layout)?;
-        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        Ok(Self { layout, db, started, names: AtomicU64::new(0) })
+        let trash = Trash::new(layout.trash());
+        let staging = Staging::open(layout.staging(), trash.clone())
+            .map_err(PathError::on("open", &layout.staging()))?;
+        let (durable, known) = Durable::open(layout.root()).map_err(PathError::on("open", layout.root()))?;
+        Ok(Self { layout, db, trash, staging, durable, known })
     }
 
     /// Where things are.
@@ -77,18 +81,14 @@ impl NodeStore {
         &self.layout
     }
 
-    /// A new, empty directory for a fetch.
-    pub fn staging(&self) -> io::Result<PathBuf> {
-        let dir = self.layout.staging().join(self.fresh_name());
-        fs::create_dir(&dir)?;
-        Ok(dir)
+    /// Where paths are restored.
+    pub fn staging(&self) -> &Staging {
+        &self.staging
     }
 
-    /// A name that no other call gets, of this process or of an earlier one: in a container the process id
-    /// is the same every time, so the time of the start stands for the process.
+    /// A name that no other call gets, of this process or of an earlier one.
     pub fn fresh_name(&self) -> String {
-        let n = self.names.fetch_add(1, Ordering::Relaxed);
-        format!("{:x}-{n}", self.started)
+        self.trash.fresh_name()
     }
 
     /// Keeps `paths` from any collector, then says which of them are valid. In this order, and no other.
@@ -116,34 +116,90 @@ impl NodeStore {
         self.db.closure(roots).map(Some)
     }
 
-    /// Moves restored paths into the store and registers them, in one transaction.
+    /// Moves restored paths into the store and registers them, in one transaction. They are valid then, and on
+    /// the disk after the next [`NodeStore::sync`].
     ///
     /// All references must be valid already or among `staged`, and temporary roots must hold them all.
     /// Whatever another process registered in the meantime stays as it is. On error nothing of `staged`
     /// is registered; what was moved already is cleared away by the next try.
-    pub fn register(&self, staged: &[Staged]) -> Result<(), RegisterError> {
+    pub fn register(&self, staged: &[Arc<Staged>]) -> Result<(), RegisterError> {
         let paths: Vec<_> = staged.iter().map(|staged| staged.info.path.clone()).collect();
-        let _locks = locks::PathLocks::acquire(&self.layout, &paths)
+        let locks = locks::PathLocks::acquire(&self.layout, &paths)
             .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
         let valid = self.db.valid(&paths)?;
-        let mut fresh = Vec::with_capacity(staged.len());
-        for Staged { info, at } in staged.iter().filter(|staged| !valid.contains(&staged.info.path)) {
-            let target = self.layout.physical(&info.path);
-            if fs::symlink_metadata(&target).is_ok() {
-                // Left by somebody who was interrupted before registering it.
-                self.discard(&target).map_err(PathError::on("clear away", &target))?;
-            }
-            fs::rename(at, &target).map_err(PathError::on("move into place", &target))?;
-            seal_top(&target).map_err(PathError::on("seal", &target))?;
-            fresh.push(info);
+        let fresh: Vec<_> = staged.iter().filter(|staged| !valid.contains(&staged.info.path)).collect();
+        // Two threads are as many as one directory has use for.
+        let (ours, others) = fresh.split_at(fresh.len() / 2);
+        let move_all = |part: &[&Arc<Staged>]| part.iter().try_for_each(|staged| self.move_in(staged));
+        if others.len() < MANY {
+            move_all(&fresh)?;
+        } else {
+            std::thread::scope(|scope| {
+                let other = scope.spawn(|| move_all(others));
+                let moved = move_all(ours);
+                moved.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            })?;
         }
-        // A row must not survive a power cut that the bytes do not: contents first, then the commit.
-        self.sync().map_err(PathError::on("sync", self.layout.root()))?;
-        Ok(self.db.register(&fresh)?)
+        self.db.register(&fresh.iter().map(|staged| &staged.info).collect::<Vec<_>>())?;
+        locks.release_later();
+        Ok(())
     }
 
-    fn sync(&self) -> io::Result<()> {
-        Ok(rustix::fs::syncfs(fs::File::open(self.layout.root())?)?)
+    /// Moves one path into the store and seals it. Its lock must be held.
+    fn move_in(&self, staged: &Staged) -> Result<(), RegisterError> {
+        let target = self.layout.physical(&staged.info.path);
+        let no_replace = rustix::fs::RenameFlags::NOREPLACE;
+        let mut moved = rustix::fs::renameat_with(CWD, &staged.at, CWD, &target, no_replace);
+        if moved == Err(rustix::io::Errno::EXIST) {
+            // Left by somebody who was interrupted before registering it.
+            self.discard(&target).map_err(PathError::on("clear away", &target))?;
+            moved = rustix::fs::renameat_with(CWD, &staged.at, CWD, &target, no_replace);
+        }
+        moved.map_err(PathError::on("move into place", &target))?;
+        staged.moved();
+        if staged.is_dir {
+            seal_top(&target).map_err(PathError::on("seal", &target))?;
+        }
+        Ok(())
+    }
+
+    /// Puts a path that was fetched again in the place of the files that are there, in one step. Those are
+    /// discarded, never written to: whoever has them open keeps them as they are.
+    pub fn replace(&self, staged: &Staged) -> Result<(), RegisterError> {
+        let _locks = locks::PathLocks::acquire(&self.layout, std::slice::from_ref(&staged.info.path))
+            .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
+        let target = self.layout.physical(&staged.info.path);
+        let replaced = match fs::symlink_metadata(&target) {
+            Ok(damaged) => {
+                if damaged.is_dir() {
+                    rustix::fs::chmod(&target, rustix::fs::Mode::from_raw_mode(0o755))
+                        .map_err(PathError::on("unseal", &target))?;
+                }
+                let exchange = rustix::fs::RenameFlags::EXCHANGE;
+                rustix::fs::renameat_with(CWD, &staged.at, CWD, &target, exchange).map_err(io::Error::from)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let renamed = fs::rename(&staged.at, &target);
+                staged.moved();
+                renamed
+            }
+            Err(error) => Err(error),
+        };
+        // After an exchange the damaged files are what is discarded with `staged`.
+        replaced.map_err(PathError::on("put the good files in place of", &target))?;
+        if staged.is_dir {
+            seal_top(&target).map_err(PathError::on("seal", &target))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all that is registered now is on the disk, and remembers that it is.
+    pub fn sync(&self) -> Result<(), RegisterError> {
+        let row = self.db.last_row()?;
+        if self.durable.covers(row) {
+            return Ok(());
+        }
+        Ok(self.durable.sync(row).map_err(PathError::on("sync", self.layout.root()))?)
     }
 
     /// Writes the permanent roots of a view, which a real collector honours too.
@@ -158,22 +214,27 @@ impl NodeStore {
 
     /// Takes `path` out of the way at once; it is unlinked by [`NodeStore::empty_trash`].
     pub fn discard(&self, path: &Path) -> io::Result<()> {
-        // A directory can only change its parent while it is writable to its owner.
-        if fs::symlink_metadata(path)?.is_dir() {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
-        }
-        fs::rename(path, self.layout.trash().join(self.fresh_name()))
+        self.trash.discard(path)
     }
 
-    /// Discards what a process that was killed left: half fetched paths and half built views.
+    /// Puts in order what a process that was killed, or a machine that lost power, left: half fetched paths,
+    /// half built views, and paths that the disk may not have.
     ///
     /// Only the holder of the root's lock may do it, and only before it begins to work.
-    pub fn clear_leftovers(&self) -> io::Result<()> {
-        for entry in fs::read_dir(self.layout.staging())? {
-            self.discard(&entry?.path())?;
+    pub fn recover(&self) -> Result<(), RegisterError> {
+        let at = self.layout.root();
+        self.clear_leftovers().map_err(PathError::on("clear leftovers in", at))?;
+        if let Known::UpTo(row) = self.known {
+            self.check_beyond(row)?;
+            self.sync()?;
         }
+        Ok(())
+    }
+
+    fn clear_leftovers(&self) -> io::Result<()> {
+        self.staging.sort_leftovers()?;
         // A view is not synced when it is built: after a boot, when nothing is mounted, all are built anew.
-        let rebooted = !self.is_same_boot()?;
+        let rebooted = self.known != Known::SameBoot;
         for entry in fs::read_dir(self.layout.views())? {
             let entry = entry?;
             if rebooted || entry.file_name().as_encoded_bytes().starts_with(b".") {
@@ -190,45 +251,95 @@ impl NodeStore {
         roots::remove_stale_temporary(&self.layout)
     }
 
-    /// Whether the machine has not been started since the last call of this; remembers the boot.
-    fn is_same_boot(&self) -> io::Result<bool> {
-        let file = self.layout.root().join("boot");
-        let now = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        if fs::read_to_string(&file).is_ok_and(|then| then == now) {
-            return Ok(true);
+    /// Hashes every path beyond `row` again. One that the disk lost is forgotten with all that refer to it.
+    fn check_beyond(&self, row: i64) -> Result<(), RegisterError> {
+        let unsure = self.db.beyond(row)?;
+        if !unsure.is_empty() {
+            tracing::info!(
+                paths = unsure.len(),
+                "checking what may not have reached the disk before the boot"
+            );
         }
-        fs::write(file, now)?;
-        Ok(false)
+        let damaged: Vec<_> = unsure
+            .into_iter()
+            .filter(|info| match self.check(info) {
+                Ok(()) => false,
+                Err(damage) => {
+                    tracing::warn!(path = %info.path, %damage, "lost in a power cut, fetched again when needed");
+                    true
+                }
+            })
+            .map(|info| info.path)
+            .collect();
+        self.forget(&damaged)
     }
 
-    /// Deletes what was discarded. Slow for large trees; nothing waits for it. What cannot be deleted is
-    /// logged and tried again the next time, and keeps nothing else from being deleted.
-    pub fn empty_trash(&self) -> io::Result<()> {
-        for entry in fs::read_dir(self.layout.trash())? {
-            let path = entry?.path();
-            let removed = if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
-                fs::remove_dir_all(&path)
-            } else {
-                fs::remove_file(&path)
-            };
-            match removed {
-                // Somebody else may be emptying it too.
+    /// Says whether the files of a path are what its row in the database says.
+    pub fn check(&self, info: &PathInfo) -> Result<(), Damage> {
+        let (found, len) =
+            crate::dump::hash(&self.layout.physical(&info.path)).map_err(Damage::Unreadable)?;
+        if found == info.nar_hash && len == info.nar_size {
+            Ok(())
+        } else {
+            Err(Damage::Hash { expected: info.nar_hash, found })
+        }
+    }
+
+    /// Makes `paths` invalid, with all that refer to them, and takes their files away.
+    pub fn forget(&self, paths: &[StorePath]) -> Result<(), RegisterError> {
+        for path in self.db.invalidate(paths)? {
+            let at = self.layout.physical(&path);
+            match self.discard(&at) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(%error, path = %path.display(), "cannot delete this from the trash yet");
+                    return Err(PathError::on("clear away", &at)(error).into());
                 }
                 _ => {}
             }
         }
+        self.trash.empty_later();
         Ok(())
+    }
+
+    /// All valid paths.
+    pub fn valid_paths(&self) -> Result<Vec<PathInfo>, DatabaseError> {
+        self.db.beyond(0)
+    }
+
+    /// Deletes what was discarded.
+    pub fn empty_trash(&self) -> io::Result<()> {
+        self.trash.empty()
+    }
+
+    /// The same, beside everything else.
+    pub fn empty_trash_later(&self) {
+        self.trash.empty_later();
     }
 }
 
-/// Seals the top of a restored path, which had to stay writable to be moved.
+/// How files differ from what the database says of them.
+#[derive(Debug, thiserror::Error)]
+pub enum Damage {
+    /// They are not all there, or the disk does not give them.
+    #[error("cannot be read: {0}")]
+    Unreadable(io::Error),
+    /// Other bytes.
+    #[error("has hash {found}, must have {expected}")]
+    Hash {
+        /// What the database says.
+        expected: NarHash,
+        /// What the files have.
+        found: NarHash,
+    },
+}
+
+/// Which boot of the machine this is.
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// Seals the top of a restored directory, which had to stay writable to be moved.
 fn seal_top(path: &Path) -> io::Result<()> {
-    if !fs::symlink_metadata(path)?.is_dir() {
-        return Ok(());
-    }
-    let dir = fs::File::open(path)?;
-    rustix::fs::fchmod(&dir, rustix::fs::Mode::from_raw_mode(0o555))?;
-    Ok(rustix::fs::futimens(&dir, &crate::restore::STORE_TIME)?)
+    rustix::fs::chmod(path, rustix::fs::Mode::from_raw_mode(0o555))?;
+    let no_follow = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+    Ok(rustix::fs::utimensat(CWD, path, &crate::restore::STORE_TIME, no_follow)?)
 }

@@ -1,128 +1,344 @@
-//! One binary cache, over HTTP.
+//! One binary cache, over HTTP or in a directory.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use nix_csi_store::{NarInfo, StorePath};
+use nix_csi_store::{Compression, NarInfo, StorePath};
+use reqwest::header::{self, HeaderMap, HeaderValue};
 use reqwest::{Client, Response, StatusCode, Url};
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::OnceCell;
 
+use super::budget::{Budget, Share};
 use super::error::CacheError;
+use super::fair::{Owner, Urgency};
+use super::health::Health;
+use super::info::{self, CacheInfo};
+use super::login::Logins;
+use super::transfer::Transfer;
 
 /// Larger answers to a narinfo request are not read to their end.
 const MAX_NARINFO: usize = 256 * 1024;
+/// How long a path that was not there is not asked for again. It may be pushed at any moment.
+const MISSING_FOR: Duration = Duration::from_secs(10);
+/// More of them than this are swept.
+const MANY_MISSING: usize = 10_000;
+/// A pause between two attempts is never longer, whatever the cache asks for.
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
 
-/// A binary cache that is asked by HTTP.
-#[derive(Debug, Clone)]
-pub struct BinaryCache {
-    base: Url,
-    client: Client,
+/// A binary cache, as it is seen with certain credentials. A clone is the same.
+#[derive(Clone)]
+pub struct BinaryCache(Arc<Cache>);
+
+struct Cache {
+    name: Arc<str>,
+    place: Place,
     attempts: u32,
+    /// Requests under way; one of them may hold no other.
+    connections: Budget,
+    info: OnceCell<CacheInfo>,
+    health: Mutex<Health>,
+    missing: Mutex<HashMap<StorePath, Instant>>,
+}
+
+enum Place {
+    Http { base: Url, client: Client, logins: Arc<Logins> },
+    Directory(PathBuf),
 }
 
 impl BinaryCache {
-    /// The cache at `base`; a question without an answer is asked `attempts` times.
-    pub fn new(mut base: Url, client: Client, attempts: u32) -> Self {
-        // `join` replaces what stands behind the last slash.
-        if !base.path().ends_with('/') {
-            base.set_path(&format!("{}/", base.path()));
-        }
-        Self { base, client, attempts: attempts.max(1) }
+    /// The cache at `base`, an `http`, `https` or `file` address. At most `connections` requests are under way
+    /// at a time; one without an answer is made `attempts` times.
+    pub fn new(
+        mut base: Url,
+        client: Client,
+        logins: Arc<Logins>,
+        connections: usize,
+        attempts: u32,
+    ) -> Self {
+        let name = public(&base).into();
+        let place = match base.to_file_path() {
+            Ok(directory) if base.scheme() == "file" => Place::Directory(directory),
+            _ => {
+                // `join` replaces what stands behind the last slash.
+                if !base.path().ends_with('/') {
+                    base.set_path(&format!("{}/", base.path()));
+                }
+                Place::Http { base, client, logins }
+            }
+        };
+        Self(Arc::new(Cache {
+            name,
+            place,
+            attempts: attempts.max(1),
+            connections: Budget::new(connections.max(1), 8),
+            info: OnceCell::new(),
+            health: Mutex::default(),
+            missing: Mutex::default(),
+        }))
     }
 
     /// How the cache is called in messages: its address, without what may be secret in it.
-    pub fn name(&self) -> String {
-        public(&self.base)
+    pub fn name(&self) -> &Arc<str> {
+        &self.0.name
     }
 
     /// How often a question or a transfer is tried.
     pub fn attempts(&self) -> u32 {
-        self.attempts
+        self.0.attempts
+    }
+
+    /// Where the cache stands among others: lower is asked earlier. Asked for once, when it is needed.
+    pub(super) async fn priority(&self, owner: Owner) -> Result<u32, CacheError> {
+        let info = self.0.info.get_or_try_init(|| async {
+            let Some(text) = self.small(owner, "nix-cache-info", info::MAX_LEN).await? else {
+                return Ok(CacheInfo::default());
+            };
+            CacheInfo::parse(&String::from_utf8_lossy(&text))
+                .map_err(|found| CacheError::StoreDir { cache: self.name().to_string(), found })
+        });
+        info.await.map(|info| info.priority)
     }
 
     /// What the cache says about `path`, or `None` if it does not have it.
-    pub async fn narinfo(&self, path: &StorePath) -> Result<Option<NarInfo>, CacheError> {
-        let url = self.join(&format!("{}.narinfo", path.hash()))?;
-        let Some(mut response) = self.get(&url).await? else { return Ok(None) };
-        let mut body = Vec::new();
-        while let Some(chunk) = chunk(&mut response).await? {
-            body.extend_from_slice(&chunk);
-            if body.len() > MAX_NARINFO {
-                return Err(CacheError::TooLong { url: public(&url), limit: MAX_NARINFO });
-            }
+    pub(super) async fn narinfo(
+        &self,
+        owner: Owner,
+        path: &StorePath,
+    ) -> Result<Option<NarInfo>, CacheError> {
+        if self.is_known_missing(path) {
+            return Ok(None);
         }
+        let file = format!("{}.narinfo", path.hash());
+        let Some(body) = self.small(owner, &file, MAX_NARINFO).await? else {
+            self.remember_missing(path);
+            return Ok(None);
+        };
+        let url = || format!("{}/{file}", self.name().trim_end_matches('/'));
         let text = String::from_utf8_lossy(&body);
-        let info: NarInfo =
-            text.parse().map_err(|source| CacheError::NarInfo { url: public(&url), source })?;
+        let info: NarInfo = text.parse().map_err(|source| CacheError::NarInfo { url: url(), source })?;
         // The signature is over the path inside, so only this says that it is the path we mean.
         if info.path == *path {
             Ok(Some(info))
         } else {
-            Err(CacheError::OtherPath { url: public(&url), found: info.path })
+            Err(CacheError::OtherPath { url: url(), found: info.path })
         }
     }
 
     /// The beginning of a NAR's transfer.
-    pub async fn nar(&self, info: &NarInfo) -> Result<Response, CacheError> {
-        let url = self.join(&info.url)?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(CacheError::NarUrl { url: public(&url) });
-        }
-        let gone = || CacheError::Gone { url: public(&url) };
-        self.get(&url).await?.ok_or_else(gone)
-    }
-
-    fn join(&self, relative: &str) -> Result<Url, CacheError> {
-        let without_query = || relative.split('?').next().unwrap_or_default().to_owned();
-        self.base.join(relative).map_err(|_| CacheError::NarUrl { url: without_query() })
-    }
-
-    /// Asks until there is an answer, or the attempts are used up.
-    async fn get(&self, url: &Url) -> Result<Option<Response>, CacheError> {
-        let mut pause = Duration::from_millis(100);
-        for _ in 1..self.attempts {
-            match self.get_once(url).await {
-                Err(error) if error.is_temporary() => {
-                    tracing::debug!(%error, "asking again");
-                    tokio::time::sleep(pause).await;
-                    pause *= 2;
+    pub(super) async fn nar(&self, owner: Owner, info: &NarInfo) -> Result<Transfer, CacheError> {
+        let connection = self.connection(owner, Urgency::Nar(info.nar_size)).await;
+        match &self.0.place {
+            Place::Directory(directory) => {
+                let outside = || CacheError::NarUrl { url: info.url.clone() };
+                let file = beneath(directory, &info.url).ok_or_else(outside)?;
+                let gone = || CacheError::Gone { url: file.display().to_string() };
+                let opened = self.open(&file).await?.ok_or_else(gone)?;
+                Ok(Transfer::from_file(opened, self.name(), connection))
+            }
+            Place::Http { base, .. } => {
+                let url = join(base, &info.url)?;
+                if !matches!(url.scheme(), "http" | "https") {
+                    return Err(CacheError::NarUrl { url: public(&url) });
                 }
-                answer => return answer,
+                let mut headers = HeaderMap::new();
+                if info.compression == Compression::None {
+                    // Servers that compress on the way out do it well only with this one.
+                    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("zstd"));
+                }
+                let gone = || CacheError::Gone { url: public(&url) };
+                let response = self.get(&url, &headers).await?.ok_or_else(gone)?;
+                Transfer::from_response(self.clone(), url.clone(), response, connection)
             }
         }
-        self.get_once(url).await
     }
 
-    async fn get_once(&self, url: &Url) -> Result<Option<Response>, CacheError> {
-        let response =
-            self.client.get(url.clone()).send().await.map_err(|source| CacheError::Unreachable {
-                url: public(url),
-                source: source.without_url(),
-            })?;
+    /// How much longer the cache is left alone, because it failed.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        self.0.health.lock().unwrap_or_else(PoisonError::into_inner).pause(Instant::now())
+    }
+
+    async fn connection(&self, owner: Owner, urgency: Urgency) -> Share {
+        self.0.connections.acquire(owner, urgency, 1).await
+    }
+
+    /// A whole file of at most `limit` bytes.
+    async fn small(&self, owner: Owner, file: &str, limit: usize) -> Result<Option<Vec<u8>>, CacheError> {
+        let _connection = self.connection(owner, Urgency::Question).await;
+        let too_long = |url| CacheError::TooLong { url, limit };
+        match &self.0.place {
+            Place::Directory(directory) => {
+                let path = directory.join(file);
+                let Some(opened) = self.open(&path).await? else { return Ok(None) };
+                let mut body = Vec::new();
+                let read = opened.take(limit as u64 + 1).read_to_end(&mut body).await;
+                read.map_err(|source| CacheError::File { path: path.clone(), source })?;
+                if body.len() > limit { Err(too_long(path.display().to_string())) } else { Ok(Some(body)) }
+            }
+            Place::Http { base, .. } => {
+                let url = join(base, file)?;
+                let Some(mut response) = self.get(&url, &HeaderMap::new()).await? else { return Ok(None) };
+                let mut body = Vec::new();
+                while let Some(chunk) =
+                    response.chunk().await.map_err(|source| CacheError::unreachable(&url, source))?
+                {
+                    body.extend_from_slice(&chunk);
+                    if body.len() > limit {
+                        return Err(too_long(public(&url)));
+                    }
+                }
+                Ok(Some(body))
+            }
+        }
+    }
+
+    async fn open(&self, path: &Path) -> Result<Option<tokio::fs::File>, CacheError> {
+        match tokio::fs::File::open(path).await {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(CacheError::File { path: path.to_owned(), source }),
+        }
+    }
+
+    fn is_known_missing(&self, path: &StorePath) -> bool {
+        let missing = self.0.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        missing.get(path).is_some_and(|since| since.elapsed() < MISSING_FOR)
+    }
+
+    fn remember_missing(&self, path: &StorePath) {
+        // A directory answers at once.
+        if matches!(self.0.place, Place::Directory(_)) {
+            return;
+        }
+        let mut missing = self.0.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        if missing.len() >= MANY_MISSING {
+            missing.retain(|_, since| since.elapsed() < MISSING_FOR);
+        }
+        missing.insert(path.clone(), Instant::now());
+    }
+
+    /// Asks until there is an answer, or the attempts are used up. `None`: it is not there.
+    pub(super) async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Option<Response>, CacheError> {
+        if let Some(pause) = self.pause() {
+            let seconds = pause.as_secs() + 1;
+            return Err(CacheError::Paused { cache: self.name().to_string(), seconds });
+        }
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let (error, asked_for) = match self.get_once(url, headers).await {
+                Ok(answer) => {
+                    self.0.health.lock().unwrap_or_else(PoisonError::into_inner).good();
+                    return Ok(answer);
+                }
+                Err(failed) => failed,
+            };
+            if !error.is_temporary() {
+                return Err(error);
+            }
+            if attempt >= self.0.attempts {
+                self.0.health.lock().unwrap_or_else(PoisonError::into_inner).failed(Instant::now());
+                return Err(error);
+            }
+            tracing::debug!(%error, attempt, "asking again");
+            tokio::time::sleep(retry_after(&error, attempt, asked_for)).await;
+        }
+    }
+
+    /// Asks once. An error comes with the pause that the cache asked for.
+    async fn get_once(
+        &self,
+        url: &Url,
+        headers: &HeaderMap,
+    ) -> Result<Option<Response>, (CacheError, Option<Duration>)> {
+        let Place::Http { client, logins, .. } = &self.0.place else { return Ok(None) };
+        let mut request = client.get(url.clone()).headers(headers.clone());
+        if let Some(login) = logins.header(url) {
+            request = request.header(header::AUTHORIZATION, login);
+        }
+        let response = request.send().await.map_err(|source| (CacheError::unreachable(url, source), None))?;
+        let url = || public(url);
         match response.status() {
             status if status.is_success() => Ok(Some(response)),
             // Object stores that may not list say 403 for what is not there.
             StatusCode::NOT_FOUND | StatusCode::GONE | StatusCode::FORBIDDEN => Ok(None),
             status @ (StatusCode::UNAUTHORIZED | StatusCode::PROXY_AUTHENTICATION_REQUIRED) => {
-                Err(CacheError::Unauthorized { url: public(url), status })
+                Err((CacheError::Unauthorized { url: url(), status }, None))
             }
-            status => Err(CacheError::Status { url: public(url), status }),
+            status => {
+                let after = response.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok());
+                let after = after.and_then(|after| after.parse().ok()).map(Duration::from_secs);
+                Err((CacheError::Status { url: url(), status }, after))
+            }
         }
     }
 }
 
-/// The next bytes of an answer, or `None` at its end.
-pub(super) async fn chunk(response: &mut Response) -> Result<Option<Bytes>, CacheError> {
-    let read = response.chunk().await;
-    read.map_err(|source| CacheError::Unreachable {
-        url: public(response.url()),
-        source: source.without_url(),
-    })
+/// How long to wait before the next attempt: longer each time, and never the same for all who wait.
+pub(super) fn retry_after(error: &CacheError, attempt: u32, asked_for: Option<Duration>) -> Duration {
+    let overloaded =
+        matches!(error, CacheError::Status { status, .. } if matches!(status.as_u16(), 429 | 503));
+    let base = Duration::from_millis(if overloaded { 500 } else { 100 });
+    let pause = asked_for.unwrap_or_else(|| base.saturating_mul(1 << attempt.min(8)));
+    (pause.mul_f64(0.75 + jitter() / 2.0)).min(LONGEST_RETRY)
+}
+
+/// Between 0 and 1, another one each time.
+fn jitter() -> f64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    let bits = RandomState::new().hash_one(0_u8) >> 32;
+    f64::from(u32::try_from(bits).unwrap_or_default()) / f64::from(u32::MAX)
+}
+
+fn join(base: &Url, relative: &str) -> Result<Url, CacheError> {
+    let without_query = || relative.split('?').next().unwrap_or_default().to_owned();
+    base.join(relative).map_err(|_| CacheError::NarUrl { url: without_query() })
+}
+
+/// A file below `directory`, or nothing if `relative` leads elsewhere.
+fn beneath(directory: &Path, relative: &str) -> Option<PathBuf> {
+    let relative = Path::new(relative.split('?').next()?);
+    let inside = relative.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    inside.then(|| directory.join(relative))
 }
 
 /// An address for messages: without user, password and query, which may hold a token.
-fn public(url: &Url) -> String {
+pub(super) fn public(url: &Url) -> String {
     let mut url = url.clone();
     let _ = (url.set_username(""), url.set_password(None));
     url.set_query(None);
     url.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::below("nar/x.nar.zst", Some("/cache/nar/x.nar.zst"))]
+    #[case::with_query("nar/x.nar?hash=1", Some("/cache/nar/x.nar"))]
+    #[case::absolute("/etc/passwd", None)]
+    #[case::upwards("../x", None)]
+    #[case::upwards_later("nar/../../x", None)]
+    fn a_nar_of_a_directory_is_beneath_it(#[case] url: &str, #[case] expected: Option<&str>) {
+        assert_eq!(beneath(Path::new("/cache"), url).as_deref(), expected.map(Path::new));
+    }
+
+    #[test]
+    fn messages_hold_no_secret() {
+        let url = "https://user:secret@cache.example/x?token=secret".parse().unwrap();
+        assert_eq!(public(&url), "https://cache.example/x");
+    }
+
+    #[test]
+    fn a_cache_may_ask_for_a_longer_pause_but_not_for_any() {
+        let error = CacheError::Status { url: String::new(), status: StatusCode::TOO_MANY_REQUESTS };
+        let long = retry_after(&error, 1, Some(Duration::from_hours(1)));
+        assert_eq!(long, LONGEST_RETRY);
+        let short = retry_after(&error, 1, None);
+        assert!(short >= Duration::from_millis(750) && short <= Duration::from_millis(1250), "{short:?}");
+    }
 }

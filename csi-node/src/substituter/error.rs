@@ -1,12 +1,16 @@
 //! What can go wrong between a cache and the store. Every message names path and cache.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix_csi_store::nar::NarError;
 use nix_csi_store::{NarHash, ParseNarInfoError, SignatureError, StorePath};
+use reqwest::Url;
 
-use crate::store::{DatabaseError, RegisterError};
+use super::cache::public;
+use super::content::ContentError;
+use crate::store::{DatabaseError, NoSpace, RegisterError};
 
 /// Why a cache did not give what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +69,40 @@ pub enum CacheError {
         /// What it is about.
         found: StorePath,
     },
+    /// A file of a cache that is a directory.
+    #[error("cannot read {}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Paths of another store cannot be used here.
+    #[error("{cache} is a cache of {found}, not of /nix/store")]
+    StoreDir {
+        /// The cache.
+        cache: String,
+        /// What it says.
+        found: String,
+    },
+    /// It failed as often as it was asked, and is asked again later.
+    #[error("{cache} failed and is asked again in {seconds} s")]
+    Paused {
+        /// The cache.
+        cache: String,
+        /// When.
+        seconds: u64,
+    },
+    /// Compressed on the way in a way that was not asked for.
+    #[error("{url} came with Content-Encoding {encoding:?}, known are zstd, gzip, br and xz")]
+    Encoding {
+        /// What was asked for.
+        url: String,
+        /// How it came.
+        encoding: String,
+    },
     /// A NAR's address that cannot be one.
-    #[error("{url:?} of the narinfo is not an address below the cache or on http(s)")]
+    #[error("{url:?} of the narinfo is neither below the cache nor an http(s) address")]
     NarUrl {
         /// What stands there.
         url: String,
@@ -74,15 +110,22 @@ pub enum CacheError {
 }
 
 impl CacheError {
+    pub(super) fn unreachable(url: &Url, source: reqwest::Error) -> Self {
+        Self::Unreachable { url: public(url), source: source.without_url() }
+    }
+
     /// Whether the same question may get another answer later.
     pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Unreachable { .. } => true,
+            Self::Unreachable { .. } | Self::Paused { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
             }
             Self::Gone { .. }
             | Self::Unauthorized { .. }
+            | Self::File { .. }
+            | Self::StoreDir { .. }
+            | Self::Encoding { .. }
             | Self::TooLong { .. }
             | Self::NarInfo { .. }
             | Self::OtherPath { .. }
@@ -172,6 +215,36 @@ pub enum FetchError {
         /// What came.
         found: NarHash,
     },
+    /// Other content than its own address says.
+    #[error("{path} from {cache} is not signed, and does not prove itself")]
+    ContentAddress {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// What differs.
+        source: ContentError,
+    },
+    /// A decoder would need more memory than a node gives to one.
+    #[error("{path} from {cache} needs a window of {window} bytes to decompress, at most {limit} are given")]
+    Window {
+        /// The path.
+        path: StorePath,
+        /// From where.
+        cache: String,
+        /// What it needs.
+        window: u64,
+        /// The most there is.
+        limit: u64,
+    },
+    /// The disk cannot take it.
+    #[error("no space for {path}")]
+    NoSpace {
+        /// The path.
+        path: StorePath,
+        /// How much is missing.
+        source: NoSpace,
+    },
     /// The disk did not take it.
     #[error("cannot restore {path}")]
     Restore {
@@ -194,6 +267,12 @@ pub enum FetchError {
     TooManyPaths {
         /// The most.
         limit: usize,
+    },
+    /// Larger than a node should be asked for.
+    #[error("the closure has more than {limit} bytes")]
+    TooManyBytes {
+        /// The most.
+        limit: u64,
     },
     /// The work was ended from outside.
     #[error("the fetch was stopped before it was complete")]
@@ -219,12 +298,16 @@ impl FetchError {
             | Self::Decode { .. }
             | Self::Nar { .. }
             | Self::Size { .. }
+            | Self::ContentAddress { .. }
+            | Self::Window { .. }
             | Self::Hash { .. } => true,
             Self::Restore { .. }
+            | Self::NoSpace { .. }
             | Self::Staging(_)
             | Self::Register(_)
             | Self::Database(_)
             | Self::TooManyPaths { .. }
+            | Self::TooManyBytes { .. }
             | Self::Stopped
             | Self::Shared(_) => false,
         }

@@ -1,40 +1,41 @@
-//! Fetching one closure: the walk over narinfos, the downloads beside it, and the registration at its end.
+//! Fetching one closure: the walk over narinfos, the paths that arrive beside it, and their registration.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::num::NonZero;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
-use nix_csi_store::{NarInfo, StorePath, TrustedKeys};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::task::JoinSet;
-use tracing::Instrument as _;
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use nix_csi_store::StorePath;
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval_at};
 
-use super::cache::{BinaryCache, chunk};
-use super::error::{CacheError, FetchError};
-use super::pool::{Job, RestorePool};
-use super::staging::Staging;
+use super::budget::Budget;
+use super::cache::BinaryCache;
+use super::error::FetchError;
+use super::fair::Owner;
+use super::flight::{Flight, Flights};
+use super::lookup::Trust;
+use super::partial::closed;
+use super::pool::RestorePool;
 use crate::store::{NodeStore, Staged, TempRoots};
 
+/// What all decoders and buffers take together, unless one alone needs more.
+const MEMORY: usize = 40 << 20;
 /// More paths than any closure that a pod should mount.
 const MAX_PATHS: usize = 100_000;
-/// Chunks between a socket and its decoder: when they are full, the socket is not read.
-const CHUNKS: usize = 16;
-
-/// Whose word counts.
-#[derive(Debug, Clone)]
-pub struct Trust {
-    /// Keys whose signatures count.
-    pub keys: TrustedKeys,
-    /// Whether a path needs a signature at all. `false` only for closed test set-ups.
-    pub require_sigs: bool,
-}
+/// The same for the bytes of their NARs.
+const MAX_BYTES: u64 = 1 << 40;
+/// A closure that takes longer than this is registered in parts, as far as it is closed.
+const PART: Duration = Duration::from_secs(2);
+/// How often those who watch are told.
+const TOLD: Duration = Duration::from_millis(200);
 
 /// How far a fetch is. Totals grow while the closure is being walked.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Paths restored.
     pub paths: u64,
@@ -44,6 +45,8 @@ pub struct Progress {
     pub bytes: u64,
     /// NAR bytes known to be needed.
     pub bytes_total: u64,
+    /// The cache that the largest path under way comes from.
+    pub cache: Option<Arc<str>>,
 }
 
 impl std::fmt::Display for Progress {
@@ -67,229 +70,92 @@ pub struct Closure {
     pub paths: Vec<StorePath>,
     /// How many of them had to be fetched.
     pub fetched: usize,
+    /// How long their registration took, all parts of it together.
+    pub registering: Duration,
     _roots: TempRoots,
 }
 
-/// Fetches closures into one store.
+/// What all fetches with the same credentials work with.
+pub(super) struct Engine {
+    pub(super) store: Arc<NodeStore>,
+    pub(super) caches: Vec<BinaryCache>,
+    pub(super) trust: Trust,
+    pub(super) memory: Budget,
+    pub(super) pool: RestorePool,
+    /// How many paths needed more than the whole memory budget, and ran alone.
+    pub(super) alone: AtomicU64,
+    owners: AtomicU64,
+}
+
+/// Fetches closures into one store. A clone is the same.
 #[derive(Clone)]
 pub struct Substituter {
-    store: Arc<NodeStore>,
-    caches: Arc<[BinaryCache]>,
-    trust: Arc<Trust>,
-    connections: Arc<Semaphore>,
-    pool: RestorePool,
+    engine: Arc<Engine>,
+    flights: Arc<Flights>,
 }
 
 impl Substituter {
-    /// A substituter with its own restore threads.
-    pub fn new(
-        store: Arc<NodeStore>,
-        caches: Vec<BinaryCache>,
-        trust: Trust,
-        connections: usize,
-    ) -> io::Result<Self> {
+    /// A substituter with its own restore threads, one for each core.
+    pub fn new(store: Arc<NodeStore>, caches: Vec<BinaryCache>, trust: Trust) -> io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(2, NonZero::get);
-        Ok(Self {
+        let engine = Engine {
             store,
-            caches: caches.into(),
-            trust: Arc::new(trust),
-            connections: Arc::new(Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS))),
-            // Some of them wait for a slow cache at any time.
-            pool: RestorePool::start(cores * 2)?,
-        })
+            caches,
+            trust,
+            memory: Budget::new(MEMORY, 4),
+            pool: RestorePool::start(cores)?,
+            alone: AtomicU64::new(0),
+            owners: AtomicU64::new(0),
+        };
+        Ok(Self { engine: Arc::new(engine), flights: Arc::default() })
     }
 
     /// The store that it fetches into.
     pub fn store(&self) -> &Arc<NodeStore> {
-        &self.store
+        &self.engine.store
     }
 
-    /// Makes the closure of `roots` valid. On error the store is as it was.
+    /// How many paths needed more memory to decompress than all of them together should take.
+    pub fn ran_alone(&self) -> u64 {
+        self.engine.alone.load(Ordering::Relaxed)
+    }
+
+    /// Makes the closure of `roots` valid. On error what has arrived and is closed is valid, the rest is gone.
     pub async fn fetch(
         &self,
         roots: &[StorePath],
         progress: &watch::Sender<Progress>,
     ) -> Result<Closure, FetchError> {
-        let store = Arc::clone(&self.store);
-        let mut pins = self.blocking(NodeStore::temp_roots).await??;
-        let staging = self.blocking(|_| Staging::create(store)).await?.map_err(FetchError::Staging)?;
-        let staged = self.walk(roots, &mut pins, &staging, progress).await?;
-        let fetched = staged.len();
-        if fetched > 0 {
-            self.blocking(move |store| store.register(&staged)).await??;
-        }
+        let pins = self.blocking(NodeStore::temp_roots).await??;
+        let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
+        let mut walk = Walk {
+            substituter: self,
+            owner,
+            pins,
+            seen: HashSet::new(),
+            fetching: HashMap::new(),
+            arrived: HashMap::new(),
+            registered: 0,
+            registering: Duration::ZERO,
+            bytes_total: 0,
+            bytes_done: 0,
+        };
+        let walked = walk.run(roots, progress).await;
+        // Also after an error: what is complete need not be fetched again.
+        let registered = walk.register().await;
+        walked?;
+        registered?;
+        let Walk { pins, registered, registering, .. } = walk;
         let roots = roots.to_vec();
         let paths = self.blocking(move |store| store.closure(&roots)).await??.ok_or(FetchError::Stopped)?;
-        Ok(Closure { paths, fetched, _roots: pins })
+        Ok(Closure { paths, fetched: registered, registering, _roots: pins })
     }
 
-    /// Restores every path of the closure that is not valid yet.
-    async fn walk(
-        &self,
-        roots: &[StorePath],
-        pins: &mut TempRoots,
-        staging: &Arc<Staging>,
-        progress: &watch::Sender<Progress>,
-    ) -> Result<Vec<Staged>, FetchError> {
-        // Dropping the sets ends what still runs in them.
-        let mut lookups = JoinSet::new();
-        let mut downloads = JoinSet::new();
-        let mut seen = HashSet::new();
-        let mut staged = Vec::new();
-        let mut found = roots.to_vec();
-        loop {
-            found.retain(|path| seen.insert(path.clone()));
-            for path in self.missing(pins, std::mem::take(&mut found)).await? {
-                if lookups.len() + downloads.len() + staged.len() >= MAX_PATHS {
-                    return Err(FetchError::TooManyPaths { limit: MAX_PATHS });
-                }
-                progress.send_modify(|progress| progress.paths_total += 1);
-                let this = self.clone();
-                lookups.spawn(async move { this.look_up(&path).await }.in_current_span());
-            }
-            tokio::select! {
-                Some(looked_up) = lookups.join_next() => {
-                    let sources = looked_up.map_err(|_| FetchError::Stopped)??;
-                    progress.send_modify(|progress| progress.bytes_total += sources.info.nar_size);
-                    found.clone_from(&sources.info.references);
-                    let (this, staging) = (self.clone(), Arc::clone(staging));
-                    downloads.spawn(async move { this.obtain(sources, staging).await }.in_current_span());
-                }
-                Some(downloaded) = downloads.join_next() => {
-                    let path = downloaded.map_err(|_| FetchError::Stopped)??;
-                    progress.send_modify(|progress| {
-                        progress.paths += 1;
-                        progress.bytes += path.info.nar_size;
-                    });
-                    staged.push(path);
-                }
-                else => return Ok(staged),
-            }
-        }
-    }
-
-    /// Those of `paths` that are not valid; all of them are safe from collectors from here on.
-    async fn missing(
-        &self,
-        pins: &mut TempRoots,
-        paths: Vec<StorePath>,
-    ) -> Result<Vec<StorePath>, FetchError> {
-        if paths.is_empty() {
-            return Ok(paths);
-        }
-        // Short, unless a collector runs or a large closure is being registered.
-        let mut roots = pins.clone();
-        self.blocking(move |store| {
-            let valid = store.pin(&mut roots, &paths)?;
-            Ok(paths.into_iter().filter(|path| !valid.contains(path)).collect())
-        })
-        .await?
-    }
-
-    /// Asks the caches in their order, until one has the path in a way that can be used.
-    async fn look_up(&self, path: &StorePath) -> Result<Source, FetchError> {
-        self.look_up_from(path, 0).await
-    }
-
-    /// The same, beginning with the cache of that number.
-    async fn look_up_from(&self, path: &StorePath, first: usize) -> Result<Source, FetchError> {
-        let mut failed = None;
-        for (number, cache) in self.caches.iter().enumerate().skip(first) {
-            let _permit = self.connections.acquire().await.map_err(|_| FetchError::Stopped)?;
-            match cache.narinfo(path).await {
-                Ok(None) => {}
-                Ok(Some(info)) => match self.check(&info, cache) {
-                    Ok(()) => return Ok(Source { info, cache: cache.clone(), number }),
-                    Err(error) => drop(failed.get_or_insert(error)),
-                },
-                Err(source) => {
-                    let error = FetchError::Lookup { path: path.clone(), source };
-                    // Whoever could not answer may have it: that is worth another try, a refusal is not.
-                    if failed.as_ref().is_none_or(|failed| !failed.is_temporary()) && error.is_temporary() {
-                        failed = Some(error);
-                    } else {
-                        failed.get_or_insert(error);
-                    }
-                }
-            }
-        }
-        Err(failed.unwrap_or_else(|| FetchError::NotFound {
-            path: path.clone(),
-            caches: self.caches.iter().map(BinaryCache::name).collect::<Vec<_>>().join(", "),
-        }))
-    }
-
-    fn check(&self, info: &NarInfo, cache: &BinaryCache) -> Result<(), FetchError> {
-        match self.trust.keys.verify(&info.fingerprint(), &info.signatures) {
-            Ok(_) => Ok(()),
-            Err(_) if !self.trust.require_sigs => Ok(()),
-            Err(source) => {
-                Err(FetchError::Untrusted { path: info.path.clone(), cache: cache.name(), source })
-            }
-        }
-    }
-
-    /// Restores one path into `staging`: from its cache, again if the transfer was cut, then from the next.
-    async fn obtain(&self, mut source: Source, staging: Arc<Staging>) -> Result<Staged, FetchError> {
-        let mut dir = staging.dir().to_owned();
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let error = match self.download(&source, &staging, dir).await {
-                Ok(staged) => return Ok(staged),
-                Err(error) => error,
-            };
-            if !error.is_of_cache() {
-                return Err(error);
-            }
-            tracing::info!(path = %source.info.path, cache = source.cache.name(), %error, attempt, "download failed");
-            let again = format!("{}-{}-{attempt}", source.info.path.hash(), source.number);
-            dir = staging.again(&again).map_err(FetchError::Staging)?;
-            if error.is_temporary() && attempt < source.cache.attempts() {
-                tokio::time::sleep(Duration::from_millis(100 << attempt.min(6))).await;
-                continue;
-            }
-            let next = self.look_up_from(&source.info.path, source.number + 1).await;
-            match next {
-                // What was walked already must be what arrives.
-                Ok(next) if next.info.references == source.info.references => (source, attempt) = (next, 0),
-                _ => return Err(error),
-            }
-        }
-    }
-
-    /// Restores one path into `dir`, a directory in `staging`, once.
-    async fn download(
-        &self,
-        Source { info, cache, .. }: &Source,
-        staging: &Arc<Staging>,
-        dir: PathBuf,
-    ) -> Result<Staged, FetchError> {
-        let name = cache.name();
-        let failed = |source| FetchError::Download { path: info.path.clone(), cache: name.clone(), source };
-        let _permit = self.connections.acquire().await.map_err(|_| FetchError::Stopped)?;
-        let mut response = cache.nar(info).await.map_err(failed)?;
-        // A thread is asked for only when there is something for it to do.
-        let first = chunk(&mut response).await.map_err(failed)?.unwrap_or_default();
-        let (chunks, receiver) = mpsc::channel(CHUNKS);
-        let (done, mut restored) = oneshot::channel();
-        self.pool.submit(Job {
-            info: info.clone(),
-            cache: name.clone(),
-            chunks: receiver,
-            staging: Arc::clone(staging),
-            dir,
-            done,
-        });
-        let at = tokio::select! {
-            sent = send(first, &mut response, chunks) => {
-                // A cut transfer is told as such, and not as what the decoder makes of it.
-                sent.map_err(failed)?;
-                restored.await
-            }
-            early = &mut restored => early,
-        };
-        Ok(Staged { info: info.clone().into(), at: at.map_err(|_| FetchError::Stopped)?? })
+    /// Fetches one path into staging, although it may be valid.
+    pub async fn fetch_again(&self, path: &StorePath) -> Result<Arc<Staged>, FetchError> {
+        let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
+        let flight = self.flights.join(&self.engine, path, owner);
+        flight.staged.clone().await.map_err(FetchError::Shared)
     }
 
     /// Runs what blocks beside the network's threads.
@@ -297,31 +163,138 @@ impl Substituter {
         &self,
         work: impl FnOnce(&NodeStore) -> T + Send + 'static,
     ) -> Result<T, FetchError> {
-        let store = Arc::clone(&self.store);
+        let store = Arc::clone(&self.engine.store);
         tokio::task::spawn_blocking(move || work(&store)).await.map_err(|_| FetchError::Stopped)
     }
 }
 
-/// Hands a transfer on to its restore thread. Ends early, and well, when that has enough.
-async fn send(
-    first: Bytes,
-    response: &mut reqwest::Response,
-    chunks: mpsc::Sender<Bytes>,
-) -> Result<(), CacheError> {
-    let mut next = Some(first);
-    while let Some(bytes) = next {
-        if !bytes.is_empty() && chunks.send(bytes).await.is_err() {
-            break;
-        }
-        next = chunk(response).await?;
-    }
-    Ok(())
+/// One closure while it is being fetched.
+struct Walk<'a> {
+    substituter: &'a Substituter,
+    owner: Owner,
+    pins: TempRoots,
+    seen: HashSet<StorePath>,
+    /// Needed, and not here yet.
+    fetching: HashMap<StorePath, Arc<Flight>>,
+    /// Restored, and not registered yet.
+    arrived: HashMap<StorePath, Arc<Staged>>,
+    registered: usize,
+    registering: Duration,
+    bytes_total: u64,
+    bytes_done: u64,
 }
 
-/// Where a path will be fetched from.
-struct Source {
-    info: NarInfo,
-    cache: BinaryCache,
-    /// Which of the caches that is.
-    number: usize,
+impl Walk<'_> {
+    /// Until every path of the closure that was not valid has arrived.
+    async fn run(
+        &mut self,
+        roots: &[StorePath],
+        progress: &watch::Sender<Progress>,
+    ) -> Result<(), FetchError> {
+        let mut infos = FuturesUnordered::new();
+        let mut staged = FuturesUnordered::new();
+        let start = tokio::time::Instant::now();
+        let (mut part, mut told) = (interval_at(start + PART, PART), interval_at(start + TOLD, TOLD));
+        for interval in [&mut part, &mut told] {
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        let mut found = roots.to_vec();
+        loop {
+            found.retain(|path| self.seen.insert(path.clone()));
+            for path in self.missing(std::mem::take(&mut found)).await? {
+                if self.fetching.len() + self.arrived.len() + self.registered >= MAX_PATHS {
+                    return Err(FetchError::TooManyPaths { limit: MAX_PATHS });
+                }
+                let flight = self.substituter.flights.join(&self.substituter.engine, &path, self.owner);
+                infos.push(flight.info.clone());
+                staged.push(flight.staged.clone());
+                self.fetching.insert(path, flight);
+            }
+            if infos.is_empty() && staged.is_empty() {
+                progress.send_replace(self.progress());
+                return Ok(());
+            }
+            tokio::select! {
+                Some(info) = infos.next() => {
+                    let info = info.map_err(FetchError::Shared)?;
+                    self.bytes_total = self.bytes_total.saturating_add(info.nar_size);
+                    if self.bytes_total > MAX_BYTES {
+                        return Err(FetchError::TooManyBytes { limit: MAX_BYTES });
+                    }
+                    found.clone_from(&info.references);
+                }
+                Some(path) = staged.next() => {
+                    let path = path.map_err(FetchError::Shared)?;
+                    self.bytes_done += path.info.nar_size;
+                    self.fetching.remove(&path.info.path);
+                    self.arrived.insert(path.info.path.clone(), path);
+                }
+                _ = part.tick() => self.register().await?,
+                _ = told.tick() => { progress.send_replace(self.progress()); }
+            }
+        }
+    }
+
+    fn progress(&self) -> Progress {
+        let under_way: u64 = self.fetching.values().map(|flight| flight.decoded()).sum();
+        let largest = self.fetching.values().max_by_key(|flight| flight.decoded());
+        let cache =
+            largest.and_then(|flight| flight.cache.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let here = self.arrived.len() + self.registered;
+        Progress {
+            paths: here as u64,
+            paths_total: (here + self.fetching.len()) as u64,
+            bytes: (self.bytes_done + under_way).min(self.bytes_total),
+            bytes_total: self.bytes_total,
+            cache,
+        }
+    }
+
+    /// Those of `paths` that are not valid; all of them are safe from collectors from here on.
+    async fn missing(&mut self, paths: Vec<StorePath>) -> Result<Vec<StorePath>, FetchError> {
+        if paths.is_empty() {
+            return Ok(paths);
+        }
+        // Short, unless a collector runs.
+        let mut roots = self.pins.clone();
+        self.substituter
+            .blocking(move |store| {
+                let valid = store.pin(&mut roots, &paths)?;
+                Ok(paths.into_iter().filter(|path| !valid.contains(path)).collect())
+            })
+            .await?
+    }
+
+    /// Registers what has arrived and refers to nothing that has not. What has to wait is written down, so that
+    /// it outlives this process.
+    async fn register(&mut self) -> Result<(), FetchError> {
+        let references: HashMap<_, _> =
+            self.arrived.iter().map(|(path, staged)| (path, &staged.info.references[..])).collect();
+        // What was seen, and neither is on its way nor has arrived, is valid.
+        let is_valid = |path: &StorePath| self.seen.contains(path) && !self.fetching.contains_key(path);
+        let ready: HashSet<StorePath> = closed(&references, is_valid).into_iter().cloned().collect();
+        let (ready, waiting): (Vec<_>, Vec<_>) =
+            self.arrived.drain().partition(|(path, _)| ready.contains(path));
+        self.arrived.extend(waiting);
+        let waiting: Vec<_> = self.arrived.values().cloned().collect();
+        if ready.is_empty() && waiting.is_empty() {
+            return Ok(());
+        }
+        let start = std::time::Instant::now();
+        let count = ready.len();
+        let ready: Vec<_> = ready.into_iter().map(|(_, staged)| staged).collect();
+        self.substituter
+            .blocking(move |store| {
+                for staged in waiting {
+                    if let Err(error) = staged.record() {
+                        tracing::warn!(%error, path = %staged.info.path, "cannot record what was restored");
+                    }
+                }
+                if ready.is_empty() { Ok(()) } else { store.register(&ready) }
+            })
+            .await??;
+        self.registered += count;
+        self.registering += start.elapsed();
+        Ok(())
+    }
 }

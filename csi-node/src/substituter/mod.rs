@@ -8,17 +8,33 @@
 //! **Invariant:** what has no trusted signature is not downloaded; what has another hash or size than was
 //! signed never gets out of staging.
 
+mod budget;
 mod cache;
 mod client;
+mod content;
 mod decode;
+mod download;
 mod error;
+mod fair;
 mod fetch;
+mod flight;
+mod health;
+mod info;
+mod login;
+mod lookup;
+mod partial;
 mod pool;
 mod share;
-mod staging;
+mod stop;
+mod transfer;
+mod unpack;
+mod window;
 
 pub use cache::BinaryCache;
 pub use client::client;
+pub use content::ContentError;
 pub use error::{CacheError, FetchError};
-pub use fetch::{Closure, Progress, Substituter, Trust};
+pub use fetch::{Closure, Progress, Substituter};
+pub use login::{Logins, ParseTokensError};
+pub use lookup::Trust;
 pub use share::{Fetches, Waited};

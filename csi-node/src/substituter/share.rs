@@ -57,7 +57,7 @@ impl Fetches {
                 Ok(closure) => Ok(Waited::Done(closure)),
                 Err(error) => Err(FetchError::Shared(error)),
             },
-            () = patience => Ok(Waited::Running(*running.progress.borrow())),
+            () = patience => Ok(Waited::Running(running.progress.borrow().clone())),
         }
     }
 

@@ -27,6 +27,9 @@ pub use spec::{ViewId, ViewSpec};
 use crate::path_error::PathError;
 use crate::store::NodeStore;
 
+/// Between the id of a view that is not to be used any more and a fresh name.
+const RETIRED: &str = ".retired-";
+
 /// Why a view could not be built. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
@@ -67,6 +70,22 @@ pub fn build(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath]) -> Resul
         let _ = store.remove_roots(id.as_str());
     }
     built.map(|()| path)
+}
+
+/// Retires every view that shows `path`: it stays for the volumes that have it mounted, and is not found any more.
+/// Gives back their ids.
+pub fn retire(store: &NodeStore, path: &StorePath) -> std::io::Result<Vec<String>> {
+    let views = store.layout().views();
+    let mut retired = Vec::new();
+    for entry in fs::read_dir(&views)? {
+        let Ok(name) = entry?.file_name().into_string() else { continue };
+        let shows = fs::symlink_metadata(views.join(&name).join("store").join(path.base_name())).is_ok();
+        if shows && !name.contains(RETIRED) {
+            fs::rename(views.join(&name), views.join(format!("{name}{RETIRED}{}", store.fresh_name())))?;
+            retired.push(name);
+        }
+    }
+    Ok(retired)
 }
 
 fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path) -> Result<(), ViewError> {

@@ -1,0 +1,91 @@
+//! Where things go that are not wanted any more: renamed at once, deleted later, beside everything else.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The trash of one store. A clone is the same.
+#[derive(Clone)]
+pub(super) struct Trash(Arc<Inner>);
+
+struct Inner {
+    dir: PathBuf,
+    started: u128,
+    names: AtomicU64,
+    /// Held by whoever is emptying.
+    emptying: Mutex<()>,
+    /// Whether somebody will begin to empty it soon.
+    asked: AtomicBool,
+}
+
+impl Trash {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        Self(Arc::new(Inner {
+            dir,
+            started,
+            names: AtomicU64::new(0),
+            emptying: Mutex::default(),
+            asked: AtomicBool::new(false),
+        }))
+    }
+
+    /// A name that no other call gets, of this process or of an earlier one: in a container the process id
+    /// is the same every time, so the time of the start stands for the process.
+    pub(super) fn fresh_name(&self) -> String {
+        format!("{:x}-{}", self.0.started, self.0.names.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Takes `path` out of the way at once.
+    pub(super) fn discard(&self, path: &Path) -> io::Result<()> {
+        // A directory can only change its parent while it is writable to its owner.
+        if fs::symlink_metadata(path)?.is_dir() {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+        }
+        fs::rename(path, self.0.dir.join(self.fresh_name()))
+    }
+
+    /// Deletes what was discarded. Slow for large trees. What cannot be deleted is logged and tried again the
+    /// next time, and keeps nothing else from being deleted.
+    pub(super) fn empty(&self) -> io::Result<()> {
+        let _alone = self.0.emptying.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.asked.store(false, Ordering::Release);
+        for entry in fs::read_dir(&self.0.dir)? {
+            let path = entry?.path();
+            let removed = if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+            match removed {
+                // Another process may be emptying it too.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, path = %path.display(), "cannot delete this from the trash yet");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Empties it in a thread of its own, unless one is about to.
+    pub(super) fn empty_later(&self) {
+        if self.0.asked.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let trash = self.clone();
+        let spawned = std::thread::Builder::new().name("trash".to_owned()).spawn(move || {
+            if let Err(error) = trash.empty() {
+                tracing::warn!(%error, "cannot empty the trash yet");
+            }
+        });
+        if let Err(error) = spawned {
+            self.0.asked.store(false, Ordering::Release);
+            tracing::warn!(%error, "no thread to empty the trash");
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! One path from a cache into staging: memory, connection, bytes, restore; again or elsewhere if that fails.
+
+use std::sync::{Arc, PoisonError};
+
+use bytes::Bytes;
+use nix_csi_store::{Compression, NarInfo};
+use tokio::sync::mpsc;
+
+use super::budget::Share;
+use super::cache::retry_after;
+use super::error::FetchError;
+use super::fair::Owner;
+use super::fetch::Engine;
+use super::flight::Shown;
+use super::lookup::{Proof, Source, look_up};
+use super::pool::RestorePool;
+use super::transfer::Transfer;
+use super::unpack::{Chunks, Unpack, Unpacked, largest_body};
+use super::window;
+use crate::store::{PathInfo, Place, Staged};
+
+/// Up to this size a NAR is restored after it has arrived whole, beyond it while it arrives.
+const WHOLE: u64 = 2 << 20;
+/// Chunks between a socket and its decoder: when they are there, the socket is not read.
+const CHUNKS: usize = 4;
+/// What a stream takes beside its decoder: chunks under way and buffers between its threads.
+const STREAM: u64 = 3 << 20;
+
+/// What a connection has read and nobody has taken yet, as the HTTP library lets it grow.
+const CONNECTION: u64 = 256 << 10;
+
+/// How a NAR file is restored, and what that takes out of the memory budget.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// Its bytes first, then the rest.
+    Whole { limit: usize },
+    /// Through a decoder with this much memory.
+    Stream { decoder: u64 },
+}
+
+impl Way {
+    /// What is expected of a path, before a byte of it has arrived.
+    fn first(info: &NarInfo) -> Self {
+        if info.nar_size > WHOLE {
+            return Self::Stream { decoder: window::expected(info.compression) };
+        }
+        // What the cache says of the file's size is a hint; a larger one is taken as a stream.
+        let most = largest_body(info.nar_size);
+        let limit = info.file_size.unwrap_or(most).min(most);
+        Self::Whole { limit: usize::try_from(limit).unwrap_or(usize::MAX) }
+    }
+
+    fn memory(self, info: &NarInfo) -> usize {
+        let bytes = match self {
+            Self::Whole { limit } => limit as u64 + CONNECTION,
+            // A decoder reserves its window and touches as much of it as there is content.
+            Self::Stream { decoder } => decoder.min(info.nar_size) + STREAM.min(info.nar_size),
+        };
+        usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+}
+
+/// How an attempt ended that did not fail.
+enum Attempt {
+    Done(Unpacked),
+    /// It needs another share of the memory: everything was given back, the transfer too.
+    Anew(Way),
+}
+
+impl Engine {
+    /// Restores what `source` has: from its cache, again if the transfer was cut, then from others.
+    pub(super) async fn obtain(
+        &self,
+        mut source: Source,
+        owner: Owner,
+        shown: &Shown,
+    ) -> Result<Staged, FetchError> {
+        let mut failed = Vec::new();
+        let mut attempt = 0;
+        loop {
+            if let Some(staged) = self.store.staging().adopt(&PathInfo::from((*source.info).clone())) {
+                return Ok(staged);
+            }
+            attempt += 1;
+            *shown.cache.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some(Arc::clone(source.cache.name()));
+            let error = match self.download(&source, owner, shown).await {
+                Ok(staged) => return Ok(staged),
+                Err(error) => error,
+            };
+            if !error.is_of_cache() {
+                return Err(error);
+            }
+            tracing::info!(path = %source.info.path, cache = %source.cache.name(), %error, attempt, "download failed");
+            if let FetchError::Download { source: cause, .. } = &error
+                && cause.is_temporary()
+                && attempt < source.cache.attempts()
+                && source.cache.pause().is_none()
+            {
+                tokio::time::sleep(retry_after(cause, attempt, None)).await;
+                continue;
+            }
+            failed.push(source.number);
+            let next = look_up(&self.caches, &self.trust, owner, &source.info.path, &failed).await;
+            match next {
+                // What was walked already must be what arrives.
+                Ok(next) if next.info.references == source.info.references => (source, attempt) = (next, 0),
+                _ => return Err(error),
+            }
+        }
+    }
+
+    /// Restores one path from one cache, once.
+    async fn download(&self, source: &Source, owner: Owner, shown: &Shown) -> Result<Staged, FetchError> {
+        let info = &source.info;
+        let mut way = Way::first(info);
+        loop {
+            let place = self.place(info)?;
+            match self.attempt(source, owner, way, &place, shown).await? {
+                Attempt::Done(Unpacked { is_dir }) => {
+                    return Ok(place.verified(PathInfo::from((**info).clone()), is_dir));
+                }
+                Attempt::Anew(other) => way = other,
+            }
+        }
+    }
+
+    /// One system call, on a directory that is open: not worth another thread.
+    fn place(&self, info: &NarInfo) -> Result<Arc<Place>, FetchError> {
+        let place = self.store.staging().place(info.nar_size).map_err(FetchError::Staging)?;
+        place.map(Arc::new).map_err(|source| FetchError::NoSpace { path: info.path.clone(), source })
+    }
+
+    async fn attempt(
+        &self,
+        source: &Source,
+        owner: Owner,
+        way: Way,
+        place: &Arc<Place>,
+        shown: &Shown,
+    ) -> Result<Attempt, FetchError> {
+        let Source { info, cache, proof, .. } = source;
+        let failed = |source| FetchError::Download {
+            path: info.path.clone(),
+            cache: cache.name().to_string(),
+            source,
+        };
+        let memory =
+            self.memory.acquire(owner, super::fair::Urgency::Nar(info.nar_size), way.memory(info)).await;
+        let mut transfer = cache.nar(owner, info).await.map_err(failed)?;
+        let compressions = [transfer.encoding().unwrap_or(Compression::None), info.compression];
+        let unpack = |memory| Unpack {
+            info: Arc::clone(info),
+            cache: Arc::clone(cache.name()),
+            compressions,
+            ca: match proof {
+                Proof::Content(address) => Some(address.clone()),
+                Proof::Signature(_) | Proof::None => None,
+            },
+            memory,
+            place: Arc::clone(place),
+            decoded: Arc::clone(&shown.decoded),
+            stop: shown.stop.clone(),
+        };
+        let first = match way {
+            Way::Whole { limit } => {
+                let mut body = Vec::with_capacity(limit);
+                while let Some(chunk) = transfer.chunk().await.map_err(failed)? {
+                    if body.len() + chunk.len() > limit {
+                        // More than it said: as a stream its memory is bounded in any case.
+                        return Ok(Attempt::Anew(Way::Stream {
+                            decoder: decoder_memory(compressions, &body),
+                        }));
+                    }
+                    body.extend_from_slice(&chunk);
+                }
+                // The connection is free for the next one while this one is restored.
+                drop(transfer);
+                let needed = decoder_memory(compressions, &body);
+                check_window(source, needed)?;
+                return self.pool.whole(owner, unpack(needed), body, memory).await.map(Attempt::Done);
+            }
+            Way::Stream { .. } => head(&mut transfer).await.map_err(failed)?,
+        };
+        let needed = decoder_memory(compressions, &first);
+        check_window(source, needed)?;
+        let Way::Stream { decoder } = way else { return Err(FetchError::Stopped) };
+        if needed > decoder {
+            return Ok(Attempt::Anew(Way::Stream { decoder: needed }));
+        }
+        if self.memory.exceeds(way.memory(info)) {
+            tracing::info!(path = %info.path, window = needed, "needs more than the memory budget, runs alone");
+            self.alone.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+        self.stream(transfer, first, unpack(decoder), memory)
+            .await
+            .map_err(|error| match error {
+                StreamError::Transfer(source) => failed(source),
+                StreamError::Restore(error) => error,
+            })
+            .map(Attempt::Done)
+    }
+
+    async fn stream(
+        &self,
+        mut transfer: Transfer,
+        first: Bytes,
+        unpack: Unpack,
+        memory: Share,
+    ) -> Result<Unpacked, StreamError> {
+        let (chunks, receiver) = mpsc::channel(CHUNKS);
+        let receiver = Chunks::new(receiver, unpack.info.nar_size);
+        let mut restored = RestorePool::stream(unpack, receiver, memory);
+        let forwarding = async {
+            let mut next = Some(first);
+            while let Some(bytes) = next {
+                if !bytes.is_empty() && chunks.send(bytes).await.is_err() {
+                    break;
+                }
+                next = transfer.chunk().await?;
+            }
+            drop(chunks);
+            Ok(())
+        };
+        let outcome = tokio::select! {
+            sent = forwarding => {
+                // A cut transfer is told as such, and not as what the decoder makes of it.
+                if let Err(error) = sent {
+                    // Its thread ends with the channel; only then is the place free again.
+                    let _ = restored.await;
+                    return Err(StreamError::Transfer(error));
+                }
+                restored.await
+            }
+            early = &mut restored => early,
+        };
+        outcome.unwrap_or(Err(FetchError::Stopped)).map_err(StreamError::Restore)
+    }
+}
+
+fn check_window(Source { info, cache, .. }: &Source, needed: u64) -> Result<(), FetchError> {
+    if needed <= window::LARGEST {
+        return Ok(());
+    }
+    let (path, cache) = (info.path.clone(), cache.name().to_string());
+    Err(FetchError::Window { path, cache, window: needed, limit: window::LARGEST })
+}
+
+enum StreamError {
+    Transfer(super::error::CacheError),
+    Restore(FetchError),
+}
+
+/// As many bytes as say what the decoder needs, or all there are.
+async fn head(transfer: &mut Transfer) -> Result<Bytes, super::error::CacheError> {
+    let Some(mut first) = transfer.chunk().await? else { return Ok(Bytes::new()) };
+    while first.len() < window::HEAD
+        && let Some(more) = transfer.chunk().await?
+    {
+        first = [first, more].concat().into();
+    }
+    Ok(first)
+}
+
+/// The memory of the decoders, one behind the other. Of the inner one only the usual is known.
+fn decoder_memory([outer, inner]: [Compression; 2], head: &[u8]) -> u64 {
+    match (outer, inner) {
+        (Compression::None, only) | (only, Compression::None) => window::needed(only, head),
+        (outer, inner) => window::needed(outer, head).max(window::expected(inner)),
+    }
+}

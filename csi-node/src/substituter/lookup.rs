@@ -1,0 +1,131 @@
+//! Which cache has a path, and whether what it says may be believed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use nix_csi_store::{ContentAddress, NarInfo, StorePath, TrustedKeys};
+
+use super::cache::BinaryCache;
+use super::content;
+use super::error::FetchError;
+use super::fair::Owner;
+
+/// Whose word counts.
+#[derive(Debug, Clone)]
+pub struct Trust {
+    /// Keys whose signatures count.
+    pub keys: TrustedKeys,
+    /// Whether a path needs a signature at all. `false` only for closed test set-ups.
+    pub require_sigs: bool,
+}
+
+/// Why a path may be taken from a cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// Signed by the key of that name.
+    Signature(String),
+    /// Its content will be compared with its address.
+    Content(ContentAddress),
+    /// `require-sigs = false`.
+    None,
+}
+
+/// Where a path will be fetched from.
+#[derive(Clone)]
+pub(super) struct Source {
+    pub(super) info: Arc<NarInfo>,
+    pub(super) proof: Proof,
+    pub(super) cache: BinaryCache,
+    /// Which of the caches that is.
+    pub(super) number: usize,
+}
+
+impl Trust {
+    /// What makes `info` credible. Asked before a byte of the path is downloaded.
+    pub(super) fn check(&self, info: &NarInfo, cache: &str) -> Result<Proof, FetchError> {
+        let failed = match self.keys.verify(&info.fingerprint(), &info.signatures) {
+            Ok(key) => return Ok(Proof::Signature(key.to_owned())),
+            Err(error) => error,
+        };
+        if let Some(address) = info.ca.as_deref().and_then(|ca| ca.parse::<ContentAddress>().ok())
+            && content::can_check(&address)
+            && address.proves(&info.path, &info.references).is_ok()
+        {
+            return Ok(Proof::Content(address));
+        }
+        if !self.require_sigs {
+            return Ok(Proof::None);
+        }
+        Err(FetchError::Untrusted { path: info.path.clone(), cache: cache.to_owned(), source: failed })
+    }
+}
+
+/// Asks all caches of the first tier at once, then those of the next, until one has the path in a way that can be
+/// used. Caches in `except` are not asked.
+pub(super) async fn look_up(
+    caches: &[BinaryCache],
+    trust: &Trust,
+    owner: Owner,
+    path: &StorePath,
+    except: &[usize],
+) -> Result<Source, FetchError> {
+    let mut failed = None;
+    for tier in tiers(caches, owner, except).await {
+        let mut asked: FuturesUnordered<_> =
+            tier.into_iter().map(|number| ask(&caches[number], number, trust, owner, path)).collect();
+        while let Some(answer) = asked.next().await {
+            match answer {
+                Ok(Some(source)) => return Ok(source),
+                // Whoever could not answer may have it: that is worth another try, a refusal is not.
+                Err(error) if failed.as_ref().is_none_or(|failed| worth_more(&error, failed)) => {
+                    failed = Some(error);
+                }
+                Ok(None) | Err(_) => {}
+            }
+        }
+    }
+    Err(failed.unwrap_or_else(|| FetchError::NotFound {
+        path: path.clone(),
+        caches: caches.iter().map(|cache| cache.name().to_string()).collect::<Vec<_>>().join(", "),
+    }))
+}
+
+fn worth_more(error: &FetchError, failed: &FetchError) -> bool {
+    error.is_temporary() && !failed.is_temporary()
+}
+
+async fn ask(
+    cache: &BinaryCache,
+    number: usize,
+    trust: &Trust,
+    owner: Owner,
+    path: &StorePath,
+) -> Result<Option<Source>, FetchError> {
+    let failed = |source| FetchError::Lookup { path: path.clone(), source };
+    // Also says whether the cache is one of this store at all.
+    let (priority, info) = tokio::join!(cache.priority(owner), cache.narinfo(owner, path));
+    let Some(info) = info.map_err(failed)? else { return Ok(None) };
+    priority.map_err(failed)?;
+    let proof = trust.check(&info, cache.name())?;
+    Ok(Some(Source { info: Arc::new(info), proof, cache: cache.clone(), number }))
+}
+
+/// The caches by their priority, the lowest number first.
+async fn tiers(caches: &[BinaryCache], owner: Owner, except: &[usize]) -> Vec<Vec<usize>> {
+    let left: Vec<_> = (0..caches.len()).filter(|number| !except.contains(number)).collect();
+    if left.len() < 2 {
+        return vec![left];
+    }
+    let mut priorities: FuturesUnordered<_> = left
+        .into_iter()
+        .map(|number| async move { (caches[number].priority(owner).await, number) })
+        .collect();
+    let mut tiers = BTreeMap::<_, Vec<usize>>::new();
+    while let Some((priority, number)) = priorities.next().await {
+        // One that does not answer is asked last, and then says itself what is wrong.
+        tiers.entry(priority.unwrap_or(u32::MAX)).or_default().push(number);
+    }
+    tiers.into_values().collect()
+}

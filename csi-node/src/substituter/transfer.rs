@@ -1,0 +1,182 @@
+//! The bytes of one NAR file, as they come. A transfer that is cut goes on where it was, if the cache can.
+
+use std::path::PathBuf;
+
+use bytes::{Bytes, BytesMut};
+use nix_csi_store::Compression;
+use reqwest::header::{self, HeaderMap, HeaderValue};
+use reqwest::{Response, StatusCode, Url};
+use tokio::io::AsyncReadExt as _;
+
+use super::budget::Share;
+use super::cache::{BinaryCache, public, retry_after};
+use super::error::CacheError;
+
+/// What is read of a file at once.
+const READ: usize = 256 * 1024;
+
+/// A transfer under way. It has its connection until it is dropped.
+pub(super) struct Transfer {
+    source: Source,
+    _connection: Share,
+}
+
+enum Source {
+    File { file: tokio::fs::File, path: PathBuf },
+    Http(Box<Http>),
+}
+
+struct Http {
+    cache: BinaryCache,
+    url: Url,
+    response: Response,
+    encoding: Option<Compression>,
+    /// What says that a later answer is about the same bytes.
+    validator: Option<HeaderValue>,
+    received: u64,
+    resumed: u32,
+}
+
+impl Transfer {
+    pub(super) fn from_file(file: tokio::fs::File, cache: &str, connection: Share) -> Self {
+        Self { source: Source::File { file, path: cache.into() }, _connection: connection }
+    }
+
+    pub(super) fn from_response(
+        cache: BinaryCache,
+        url: Url,
+        response: Response,
+        connection: Share,
+    ) -> Result<Self, CacheError> {
+        let encoding = encoding(&url, response.headers())?;
+        let validator = validator(response.headers());
+        let http = Http { cache, url, response, encoding, validator, received: 0, resumed: 0 };
+        Ok(Self { source: Source::Http(Box::new(http)), _connection: connection })
+    }
+
+    /// How the server compressed the file on its way, beside what the narinfo says of the file itself.
+    pub(super) fn encoding(&self) -> Option<Compression> {
+        match &self.source {
+            Source::File { .. } => None,
+            Source::Http(http) => http.encoding,
+        }
+    }
+
+    /// The next bytes, or `None` at the end.
+    pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, CacheError> {
+        match &mut self.source {
+            Source::File { file, path } => {
+                let mut bytes = BytesMut::with_capacity(READ);
+                let read = file.read_buf(&mut bytes).await;
+                read.map_err(|source| CacheError::File { path: path.clone(), source })?;
+                Ok((!bytes.is_empty()).then(|| bytes.freeze()))
+            }
+            Source::Http(http) => http.chunk().await,
+        }
+    }
+}
+
+impl Http {
+    async fn chunk(&mut self) -> Result<Option<Bytes>, CacheError> {
+        loop {
+            match self.response.chunk().await {
+                Ok(chunk) => {
+                    self.received += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                    return Ok(chunk);
+                }
+                Err(source) => self.resume(CacheError::unreachable(&self.url, source)).await?,
+            }
+        }
+    }
+
+    /// Asks for the rest, or gives `error` back.
+    async fn resume(&mut self, error: CacheError) -> Result<(), CacheError> {
+        let Some(validator) = &self.validator else { return Err(error) };
+        if self.resumed >= self.cache.attempts() {
+            return Err(error);
+        }
+        self.resumed += 1;
+        tracing::debug!(%error, received = self.received, "a transfer was cut, asking for the rest");
+        tokio::time::sleep(retry_after(&error, self.resumed, None)).await;
+        let mut headers = HeaderMap::new();
+        let range = HeaderValue::from_str(&format!("bytes={}-", self.received));
+        headers.insert(header::RANGE, range.unwrap_or(HeaderValue::from_static("bytes=0-")));
+        headers.insert(header::IF_RANGE, validator.clone());
+        if let Some(encoding) = self.encoding {
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(encoding.as_str()));
+        }
+        let Some(rest) = self.cache.get(&self.url, &headers).await? else {
+            return Err(CacheError::Gone { url: public(&self.url) });
+        };
+        // Anything else are other bytes, or all of them again.
+        if rest.status() != StatusCode::PARTIAL_CONTENT
+            || first_byte(rest.headers()) != Some(self.received)
+            || encoding(&self.url, rest.headers())? != self.encoding
+        {
+            return Err(error);
+        }
+        self.response = rest;
+        Ok(())
+    }
+}
+
+/// A weak validator promises the same meaning, not the same bytes.
+fn validator(headers: &HeaderMap) -> Option<HeaderValue> {
+    let strong = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"));
+    strong.or_else(|| headers.get(header::LAST_MODIFIED)).cloned()
+}
+
+/// Where a partial answer begins: `Content-Range: bytes <first>-<last>/<all>`.
+fn first_byte(headers: &HeaderMap) -> Option<u64> {
+    let range = headers.get(header::CONTENT_RANGE)?.to_str().ok()?;
+    range.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok()
+}
+
+fn encoding(url: &Url, headers: &HeaderMap) -> Result<Option<Compression>, CacheError> {
+    let Some(encoding) = headers.get(header::CONTENT_ENCODING) else { return Ok(None) };
+    Ok(Some(match encoding.as_bytes() {
+        b"" | b"identity" => return Ok(None),
+        b"zstd" => Compression::Zstd,
+        b"gzip" | b"x-gzip" => Compression::Gzip,
+        b"br" => Compression::Brotli,
+        b"xz" => Compression::Xz,
+        _ => {
+            let encoding = String::from_utf8_lossy(encoding.as_bytes()).into_owned();
+            return Err(CacheError::Encoding { url: public(url), encoding });
+        }
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::strong(&[("etag", "\"a\""), ("last-modified", "x")], Some("\"a\""))]
+    #[case::weak(&[("etag", "W/\"a\"")], None)]
+    #[case::time(&[("etag", "W/\"a\""), ("last-modified", "x")], Some("x"))]
+    #[case::none(&[], None)]
+    fn only_what_promises_the_same_bytes_is_a_validator(
+        #[case] headers: &[(&'static str, &'static str)],
+        #[case] expected: Option<&str>,
+    ) {
+        let headers: HeaderMap = headers
+            .iter()
+            .map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value)))
+            .collect::<Vec<(header::HeaderName, _)>>()
+            .into_iter()
+            .collect();
+        assert_eq!(validator(&headers).as_ref().map(|value| value.to_str().unwrap()), expected);
+    }
+
+    #[rstest]
+    #[case("bytes 100-199/200", Some(100))]
+    #[case("bytes */200", None)]
+    #[case("200", None)]
+    fn a_range_begins_somewhere(#[case] value: &'static str, #[case] expected: Option<u64>) {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_RANGE, HeaderValue::from_static(value));
+        assert_eq!(first_byte(&headers), expected);
+    }
+}
