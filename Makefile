@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO_BUILD_JOBS ?= 2
 export CARGO_BUILD_JOBS
+SECONDS_EACH ?= 15
 TARGET := x86_64-unknown-linux-gnu
 IMAGES := target/images
 # The packages that need nothing but this machine.
@@ -32,6 +33,10 @@ setup-build:
 unit: setup-build ## Unit, in-process and property tests
 	cargo test --locked
 
+.PHONY: fuzz
+fuzz: setup-build ## The parsers of what comes from outside, fed for a bounded time (SECONDS_EACH=15)
+	csi-node/nix-store/fuzz/run.sh $(SECONDS_EACH)
+
 .PHONY: fixtures
 fixtures: setup ## The package fixtures: closures by real Nix, in signed caches
 	@e2e/fixtures/build.sh
@@ -58,6 +63,7 @@ cluster-tests: setup images ## Tests on a real one-node Kubernetes, started for 
 test: setup ## Everything
 	$(MAKE) check
 	$(MAKE) unit
+	$(MAKE) fuzz
 	$(MAKE) kernel
 	$(MAKE) cluster-tests
 

@@ -19,7 +19,7 @@ use crate::mount;
 use crate::progress::{self, Event};
 use crate::server::{Sockets, serve};
 use crate::store::{NodeStore, RootLock};
-use crate::substituter::{Closure, Progress};
+use crate::substituter::{Closure, Progress, Substituter};
 use crate::verify;
 use crate::view::{self, ViewSpec};
 use crate::volume::Volumes;
@@ -47,6 +47,10 @@ enum Command {
         /// Store paths.
         #[arg(required = true)]
         paths: Vec<String>,
+        /// Begin to fetch this one first, as for another volume, and leave it when the others are here. For
+        /// the benchmark of fairness.
+        #[arg(long, hide = true)]
+        beside: Option<String>,
     },
     /// Build a view of store paths, fetching what is missing, and print where it is.
     View {
@@ -130,14 +134,15 @@ fn execute(args: Args) -> anyhow::Result<()> {
     runtime.block_on(async {
         match args.command {
             Command::Serve(options) => serve_driver(&args.root, &config, options).await,
-            Command::Fetch { paths } => {
+            Command::Fetch { paths, beside } => {
                 let (store, _lock) = open(&args.root, "nix-csi-node fetch")?;
-                fetch(&store, &config, &parse_paths(&paths)?).await.map(drop)
+                let beside = beside.map(|path| parse_paths(&[path])).transpose()?;
+                fetch(&store, &config, &parse_paths(&paths)?, beside).await.map(drop)
             }
             Command::View { paths } => {
                 let (store, _lock) = open(&args.root, "nix-csi-node view")?;
                 let packages = parse_paths(&paths)?;
-                let closure = fetch(&store, &config, &packages).await?;
+                let closure = fetch(&store, &config, &packages, None).await?;
                 let spec = ViewSpec { packages, entrypoints: std::collections::BTreeMap::default() };
                 print_line(&view::build(&store, &spec, &closure.paths)?.display());
                 Ok(())
@@ -170,10 +175,18 @@ fn parse_paths(paths: &[String]) -> anyhow::Result<Vec<StorePath>> {
 }
 
 /// Fetches closures, shows how far it is, and waits until they are on the disk.
-async fn fetch(store: &Arc<NodeStore>, config: &Config, paths: &[StorePath]) -> anyhow::Result<Closure> {
-    let start = Instant::now();
-    let substituter = start_substituter(Arc::clone(store), config)?;
+async fn fetch(
+    store: &Arc<NodeStore>,
+    config: &Config,
+    paths: &[StorePath],
+    beside: Option<Vec<StorePath>>,
+) -> anyhow::Result<Closure> {
     recover(store).await?;
+    let substituter = start_substituter(Arc::clone(store), config)?;
+    if let Some(beside) = beside {
+        begin(&substituter, beside).await?;
+    }
+    let start = Instant::now();
     let (sender, progress) = watch::channel(Progress::default());
     let shown = tokio::spawn(progress::show(progress));
     let fetched = substituter.fetch(paths, &sender).await;
@@ -196,6 +209,16 @@ async fn fetch(store: &Arc<NodeStore>, config: &Config, paths: &[StorePath]) -> 
     tokio::task::spawn_blocking(move || store.sync()).await??;
     progress::tell(&Event::Durable { seconds: start.elapsed().as_secs_f64() });
     Ok(closure)
+}
+
+/// Begins to fetch `paths`, and comes back when some of it is here.
+async fn begin(substituter: &Substituter, paths: Vec<StorePath>) -> anyhow::Result<()> {
+    const SOME: u64 = 64 << 20;
+    let (sender, mut progress) = watch::channel(Progress::default());
+    let substituter = substituter.clone();
+    tokio::spawn(async move { substituter.fetch(&paths, &sender).await });
+    progress.wait_for(|progress| progress.bytes > SOME).await.context("what is fetched beside has ended")?;
+    Ok(())
 }
 
 async fn recover(store: &Arc<NodeStore>) -> anyhow::Result<()> {

@@ -92,6 +92,8 @@ pub struct Config {
     pub stalled_download_timeout: Duration,
     /// `download-attempts`.
     pub download_attempts: u32,
+    /// `ssl-cert-file`: certificate authorities, instead of those that come with this program.
+    pub ssl_cert_file: Option<PathBuf>,
     /// `netrc-file`: names and passwords for caches.
     pub netrc_file: Option<PathBuf>,
     /// `bearer-tokens-file`, which Nix does not have: lines of `<host> <token>`.
@@ -109,6 +111,7 @@ impl Default for Config {
             connect_timeout: Duration::from_secs(15),
             stalled_download_timeout: Duration::from_mins(5),
             download_attempts: 5,
+            ssl_cert_file: None,
             netrc_file: None,
             bearer_tokens_file: None,
         }
@@ -209,6 +212,7 @@ impl Config {
                 "connect-timeout" => config.connect_timeout = setting.seconds()?,
                 "stalled-download-timeout" => config.stalled_download_timeout = setting.seconds()?,
                 "download-attempts" => config.download_attempts = setting.number()?,
+                "ssl-cert-file" => config.ssl_cert_file = setting.file(),
                 "netrc-file" => config.netrc_file = setting.file(),
                 "bearer-tokens-file" => config.bearer_tokens_file = setting.file(),
                 option => unknown.push(option.to_owned()),

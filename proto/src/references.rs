@@ -77,6 +77,15 @@ pub enum ParseReferencesError {
         /// What stands there.
         item: String,
     },
+    /// A program with a control character, or a blank that is not a space, or one at its end. Nobody means
+    /// that, and such a name is not the same everywhere it goes.
+    #[error("{place}: {item:?} has a character that does not belong into the name of a program")]
+    ProgramCharacter {
+        /// Where it stands.
+        place: Place,
+        /// What stands there.
+        item: String,
+    },
     /// A program that is not inside its path.
     #[error("{place}: {item:?} leaves its store path")]
     Program {
@@ -187,6 +196,10 @@ fn parse_item(place: Place, text: &str) -> Result<Item, ParseReferencesError> {
     if program.is_some_and(|program| program.split('/').any(|part| matches!(part, "" | "." | ".."))) {
         return Err(ParseReferencesError::Program { place, item: item() });
     }
+    let odd = |c: char| c.is_control() || (c.is_whitespace() && c != ' ');
+    if program.is_some_and(|program| program.ends_with(' ') || program.contains(odd)) {
+        return Err(ParseReferencesError::ProgramCharacter { place, item: item() });
+    }
     Ok(Item { system, reference: Reference { path, program: program.map(str::to_owned) } })
 }
 
@@ -235,6 +248,10 @@ mod tests {
     #[case::second_line(&format!("{A}\n  hello"), "line 2, column 3: \"hello\" is not a store path; expected /nix/store/<hash>-<name>")]
     #[case::unknown_system(&format!("amd64={A}"), "line 1, column 1: \"amd64\" is not a system; known are x86_64-linux, aarch64-linux, armv7l-linux and riscv64-linux")]
     #[case::program_outside(&format!("{A}/../x"), &format!("line 1, column 1: \"{A}/../x\" leaves its store path"))]
+    // Found by fuzzing: blanks that separate nothing stayed in the program, but not when read again.
+    #[case::form_feed_in_a_program(&format!("{A}/a\u{c}"), &format!("line 1, column 1: \"{A}/a\\u{{c}}\" has a character that does not belong into the name of a program"))]
+    #[case::nul_in_a_program(&format!("[\"{A}/a\\u0000\"]"), &format!("item 1: \"{A}/a\\0\" has a character that does not belong into the name of a program"))]
+    #[case::space_at_the_end_of_a_program(&format!("[\"{A}/a /\"]"), &format!("item 1: \"{A}/a /\" has a character that does not belong into the name of a program"))]
     #[case::json_item("[\"x\"]", "item 1: \"x\" is not a store path; expected /nix/store/<hash>-<name>")]
     fn errors_name_the_place(#[case] value: &str, #[case] message: &str) {
         assert_eq!(References::parse(value).unwrap_err().to_string(), message);

@@ -1,9 +1,12 @@
 //! The HTTP client for binary caches.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::Client;
 use reqwest::redirect::Policy;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use rustls::{ClientConfig, RootCertStore};
 
 use crate::config::Config;
@@ -11,11 +14,48 @@ use crate::config::Config;
 /// How much of one answer may be under way.
 const STREAM_WINDOW: u32 = 512 * 1024;
 
-/// A client with this program's own certificate authorities: an image from scratch has no others.
-///
-/// Proxies come from the environment, as everywhere.
-pub fn client(config: &Config) -> reqwest::Result<Client> {
-    let roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// `ssl-cert-file` cannot be read, or has something else in it.
+    #[error("cannot read certificates from {}", path.display())]
+    Certificates {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// A certificate that no authority can have.
+    #[error("a certificate in {} cannot be used", path.display())]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: rustls::Error,
+    },
+    /// The options do not fit together.
+    #[error("cannot make an HTTP client")]
+    Client(#[from] reqwest::Error),
+}
+
+/// The authorities in `ssl-cert-file`. Without it this program's own: an image from scratch has no others.
+fn roots(config: &Config) -> Result<RootCertStore, ClientError> {
+    let Some(path) = &config.ssl_cert_file else {
+        return Ok(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() });
+    };
+    let unreadable = |source| ClientError::Certificates { path: path.clone(), source };
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
+        roots
+            .add(certificate.map_err(unreadable)?)
+            .map_err(|source| ClientError::Certificate { path: path.clone(), source })?;
+    }
+    Ok(roots)
+}
+
+/// A client that trusts what `config` says. Proxies come from the environment, as everywhere.
+pub fn client(config: &Config) -> Result<Client, ClientError> {
+    let roots = roots(config)?;
     let mut tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let connections = u32::try_from(config.http_connections).unwrap_or(u32::MAX);
@@ -29,7 +69,7 @@ pub fn client(config: &Config) -> reqwest::Result<Client> {
     if let Some(time) = limit(config.stalled_download_timeout) {
         builder = builder.read_timeout(time);
     }
-    builder
+    Ok(builder
         .tls_backend_preconfigured(tls)
         .user_agent(concat!("nix-csi/", env!("CARGO_PKG_VERSION")))
         .redirect(Policy::limited(5))
@@ -38,5 +78,5 @@ pub fn client(config: &Config) -> reqwest::Result<Client> {
         .http2_initial_stream_window_size(STREAM_WINDOW)
         .http2_initial_connection_window_size(STREAM_WINDOW.saturating_mul(connections.saturating_add(16)))
         .pool_max_idle_per_host(config.http_connections)
-        .build()
+        .build()?)
 }

@@ -76,6 +76,11 @@ impl<S: NarSink> ContentHash<S> {
         }
     }
 
+    /// What it passes the NAR to.
+    pub(super) fn inner(&mut self) -> &mut S {
+        &mut self.sink
+    }
+
     fn not_plain(&mut self) {
         if let Check::File { plain, .. } = &mut self.check {
             *plain = false;

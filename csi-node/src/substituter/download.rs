@@ -24,7 +24,7 @@ const WHOLE: u64 = 2 << 20;
 /// Chunks between a socket and its decoder: when they are there, the socket is not read.
 const CHUNKS: usize = 4;
 /// What a stream takes beside its decoder: chunks under way and buffers between its threads.
-const STREAM: u64 = 3 << 20;
+const STREAM: u64 = 4 << 20;
 
 /// What a connection has read and nobody has taken yet, as the HTTP library lets it grow.
 const CONNECTION: u64 = 256 << 10;

@@ -31,7 +31,7 @@ mod unpack;
 mod window;
 
 pub use cache::BinaryCache;
-pub use client::client;
+pub use client::{ClientError, client};
 pub use content::ContentError;
 pub use error::{CacheError, FetchError};
 pub use fetch::{Closure, Progress, Substituter};

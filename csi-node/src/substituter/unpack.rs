@@ -1,7 +1,8 @@
 //! NAR bytes in, files in staging out, and the proof that they are the ones that were signed.
 //!
 //! A small NAR is decoded, hashed and written by one thread: it lies in that core's cache from step to step. A
-//! large one is decoded here, hashed by a second thread and written by a third, all three out of one buffer.
+//! large one is decoded here, hashed by a second thread and written by a third, all three out of one buffer; a
+//! fourth helps with what is small, because creating a file takes longer than filling it.
 
 use std::io::{self, BufRead, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,14 +18,16 @@ use super::content::ContentHash;
 use super::decode::decoder;
 use super::error::FetchError;
 use super::stop::Stop;
-use crate::restore::Restore;
+use crate::restore::{Restore, SmallFile};
 use crate::store::Place;
 
 /// What a decoder writes into at once.
 const BUFFER: usize = 256 * 1024;
 /// Buffers between a decoder and those who hash and write.
 const AHEAD: usize = 4;
-/// From this size on a NAR is worth three threads.
+/// Small files that wait for the thread that helps to write them.
+const SMALL_FILES: usize = 32;
+/// From this size on a NAR is worth several threads.
 const LARGE: u64 = 4 << 20;
 
 /// Where a NAR comes from and what it must be.
@@ -85,8 +88,12 @@ impl Unpack {
         FetchError::Nar { path: self.path(), cache: self.cache(), source }
     }
 
-    fn sink(&self) -> ContentHash<Restore> {
-        let restore = Restore::new(self.place.parent(), self.place.name().as_bytes());
+    fn sink(&self, helper: Option<mpsc::SyncSender<SmallFile>>) -> ContentHash<Restore> {
+        let (parent, name) = (self.place.parent(), self.place.name().as_bytes());
+        let restore = match helper {
+            Some(helper) => Restore::with_helper(parent, name, helper),
+            None => Restore::new(parent, name),
+        };
         ContentHash::new(restore, self.ca.as_ref())
     }
 
@@ -97,11 +104,13 @@ impl Unpack {
             [Compression::None, Compression::None] => Some(body),
             [Compression::None, Compression::Zstd] | [Compression::Zstd, Compression::None] => {
                 // One call, without a window beside the buffer.
-                buffer.resize(size, 0);
+                if buffer.len() < size {
+                    buffer.resize(size, 0);
+                }
                 let read = zstd::bulk::Decompressor::new()
-                    .and_then(|mut zstd| zstd.decompress_to_buffer(body, &mut buffer[..]));
+                    .and_then(|mut zstd| zstd.decompress_to_buffer(body, &mut buffer[..size]));
                 // What is wrong with it is found out below.
-                read.is_ok_and(|read| read == size).then_some(&buffer[..])
+                read.is_ok_and(|read| read == size).then_some(&buffer[..size])
             }
             _ => None,
         };
@@ -110,8 +119,10 @@ impl Unpack {
             check.push(decoded)?;
         } else {
             let mut input = self.decode(body)?;
-            buffer.resize(BUFFER, 0);
-            while let Some(read) = self.read(&mut input, &mut buffer[..])? {
+            if buffer.len() < BUFFER {
+                buffer.resize(BUFFER, 0);
+            }
+            while let Some(read) = self.read(&mut input, &mut buffer[..BUFFER])? {
                 check.push(&buffer[..read])?;
             }
         }
@@ -171,11 +182,14 @@ impl Unpack {
                 }
                 digest(hash)
             });
+            let (to_help, files) = mpsc::sync_channel::<SmallFile>(SMALL_FILES);
+            let helping = scope.spawn(move || files.into_iter().for_each(SmallFile::write));
             let writing = scope.spawn(move || {
-                let (mut nar, mut sink) = (NarReader::new(), self.sink());
+                let (mut nar, mut sink) = (NarReader::new(), self.sink(Some(to_help)));
                 for piece in written {
                     nar.push(piece.bytes(), &mut sink).map_err(|error| self.pushed(error))?;
                 }
+                sink.inner().let_helper_go();
                 Ok::<_, FetchError>((nar, sink))
             });
             let mut left = self.info.nar_size;
@@ -190,6 +204,7 @@ impl Unpack {
             drop((to_hash, to_write));
             let found = hashing.join().map_err(|_| FetchError::Stopped)?;
             let written = writing.join().map_err(|_| FetchError::Stopped)?;
+            helping.join().map_err(|_| FetchError::Stopped)?;
             decoded?;
             let (nar, sink) = written?;
             self.finish(left, found, &nar, sink)
@@ -242,7 +257,7 @@ impl Unpack {
         left: u64,
         found: NarHash,
         nar: &NarReader,
-        sink: ContentHash<Restore>,
+        mut sink: ContentHash<Restore>,
     ) -> Result<Unpacked, FetchError> {
         if left > 0 {
             return Err(self.wrong_size());
@@ -252,6 +267,7 @@ impl Unpack {
             return Err(FetchError::Hash { path: self.path(), cache: self.cache(), expected, found });
         }
         nar.finish().map_err(|source| self.not_a_nar(source))?;
+        sink.inner().finish().map_err(|error| self.disk(error))?;
         let restore = sink.finish(&found).map_err(|source| FetchError::ContentAddress {
             path: self.path(),
             cache: self.cache(),
@@ -277,7 +293,7 @@ impl<'a> Check<'a> {
             left: unpack.info.nar_size,
             hash: Context::new(&SHA256),
             nar: NarReader::new(),
-            sink: unpack.sink(),
+            sink: unpack.sink(None),
         }
     }
 
