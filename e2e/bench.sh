@@ -35,10 +35,12 @@ target=${CARGO_TARGET_DIR:-target}
 corpora=$("$e2e/bench/corpora.sh")
 packages=(-p nix-csi-bench)
 [[ -n ${NIX_CSI_NODE-} ]] || packages+=(-p nix-csi-node)
-cargo build --release --locked "${packages[@]}"
+# As in the image: what is shipped is what is measured.
+triple=x86_64-unknown-linux-gnu
+RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$triple" "${packages[@]}"
 
-command=("$target/release/nix-csi-bench" run --corpora "$corpora" --json "$PWD/target/bench.json"
-  --node "${NIX_CSI_NODE:-$(realpath "$target/release/nix-csi-node")}")
+command=("$target/$triple/release/nix-csi-bench" run --corpora "$corpora" --json "$PWD/target/bench.json"
+  --node "${NIX_CSI_NODE:-$(realpath "$target/$triple/release/nix-csi-node")}")
 if nix=$("$e2e/nix-version.sh" sid); then
   command+=(--nix-rootfs "$nix")
 else

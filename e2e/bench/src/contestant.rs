@@ -17,12 +17,21 @@ use crate::stopwatch::{Request, Stopwatch, Timed};
 pub(crate) enum Contestant {
     /// `nix-csi-node fetch`.
     Ours,
+    /// The same, while it fetches another corpus in the same process.
+    OursBeside,
     /// `nix copy`: one path after the other.
     NixCopy,
     /// `nix-store -r`, which substitutes as `nix build` does.
     NixRealise,
     /// Nobody: the work that nobody can leave out.
     Limit,
+}
+
+impl Contestant {
+    /// Whether it is what is measured, and not a peer.
+    pub(crate) fn is_ours(self) -> bool {
+        matches!(self, Self::Ours | Self::OursBeside)
+    }
 }
 
 /// What one run took, in seconds and MiB.
@@ -32,6 +41,8 @@ pub(crate) struct Outcome {
     pub(crate) publishable: f64,
     /// Until it would have survived a power failure.
     pub(crate) durable: Option<f64>,
+    /// The fetch alone, without the start of the program; ours only.
+    pub(crate) fetch: Option<f64>,
     /// The registration alone; ours only.
     pub(crate) register: Option<f64>,
     pub(crate) peak_memory: Option<f64>,
@@ -82,7 +93,8 @@ impl Field {
         fs::create_dir_all(&root)?;
         self.sync()?;
         let outcome = match who {
-            Contestant::Ours => self.ours(&dir, corpus, url)?,
+            Contestant::Ours => self.ours(&dir, corpus, url, None)?,
+            Contestant::OursBeside => self.ours(&dir, corpus, url, corpus.beside.as_deref())?,
             Contestant::NixCopy | Contestant::NixRealise => self.nix(who, &dir, corpus, url)?,
             Contestant::Limit => {
                 Outcome { publishable: limit::measure(corpus, &root)?, ..Outcome::default() }
@@ -99,12 +111,15 @@ impl Field {
         Ok(outcome)
     }
 
-    fn ours(&mut self, dir: &Path, corpus: &Corpus, url: &str) -> Result<Outcome> {
+    fn ours(&mut self, dir: &Path, corpus: &Corpus, url: &str, beside: Option<&Corpus>) -> Result<Outcome> {
         let config = dir.join("nix.conf");
         let key = &corpus.public_key;
+        // Corpora are next to each other on the server.
+        let beside_url =
+            beside.map_or_else(String::new, |beside| url.replace(&corpus.url_path, &beside.url_path));
         fs::write(
             &config,
-            format!("substituters = {url}\ntrusted-public-keys = {key}\nrequire-sigs = true\n"),
+            format!("substituters = {url} {beside_url}\ntrusted-public-keys = {key}\nrequire-sigs = true\n"),
         )?;
         let mut command = vec![
             text(&self.node)?,
@@ -115,12 +130,17 @@ impl Field {
             "fetch".to_owned(),
         ];
         command.extend(corpus.roots.iter().map(StorePath::to_string));
+        for root in beside.iter().flat_map(|beside| &beside.roots) {
+            command.extend(["--beside".to_owned(), root.to_string()]);
+        }
         let timed = self.plain.time(&Request { command, env: Vec::new(), log: dir.join("log") })?;
         let (publishable, line) = timed.valid.as_ref().context("nix-csi-node printed no result")?;
-        tell("ours", *publishable, timed.exited, &timed);
+        let who = if beside.is_some() { "ours, beside" } else { "ours" };
+        tell(who, *publishable, timed.exited, &timed);
         Ok(Outcome {
             publishable: *publishable,
             durable: Some(timed.exited),
+            fetch: line["seconds"].as_f64(),
             register: line["registerSeconds"].as_f64(),
             peak_memory: Some(timed.peak_memory),
         })
@@ -158,6 +178,7 @@ impl Field {
         Ok(Outcome {
             publishable: timed.exited,
             durable: Some(durable),
+            fetch: None,
             register: None,
             peak_memory: Some(timed.peak_memory),
         })

@@ -17,6 +17,8 @@ pub(crate) struct Corpus {
     pub(crate) roots: Vec<StorePath>,
     /// The key they are signed with.
     pub(crate) public_key: String,
+    /// What is fetched at the same time, where that is measured.
+    pub(crate) beside: Option<Box<Self>>,
 }
 
 impl Corpus {
@@ -29,6 +31,7 @@ impl Corpus {
             url_path: format!("{name}/{compression}"),
             roots: read(&of.join("root"))?.lines().map(str::parse).collect::<Result<_, _>>()?,
             public_key: read(&key)?.trim().to_owned(),
+            beside: None,
         })
     }
 

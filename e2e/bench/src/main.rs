@@ -69,7 +69,7 @@ fn main() -> Result<()> {
 fn run(options: &Run) -> Result<()> {
     // The limit creates files with their final modes, as does nix-csi-node.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    let servers = server::Servers::start(&options.corpora)?;
+    let servers = server::Servers::start(&options.corpora, &options.scratch)?;
     let mut field = contestant::Field::new(&options.node, options.nix_rootfs.as_deref(), &options.scratch)?;
     let mut measured = Vec::new();
     for row in rows::ROWS {

@@ -89,8 +89,12 @@ pub(crate) fn figures(all: &[Measured], nix: &str) -> Vec<Figure> {
     for measured in all {
         figures.extend(of_row(measured, nix));
     }
-    let peaks: Vec<_> =
-        all.iter().flat_map(|row| values(row, Contestant::Ours, |outcome| outcome.peak_memory)).collect();
+    let peaks: Vec<_> = all
+        .iter()
+        .flat_map(|row| &row.outcomes)
+        .filter(|(who, _)| who.is_ours())
+        .filter_map(|(_, outcome)| outcome.peak_memory)
+        .collect();
     let against = Against {
         name: "peak memory of all runs".to_owned(),
         peer_name: format!("limit: {MEMORY_MIB} MiB"),
@@ -105,6 +109,14 @@ pub(crate) fn figures(all: &[Measured], nix: &str) -> Vec<Figure> {
 
 fn of_row(measured: &Measured, nix: &str) -> Vec<Figure> {
     let row = measured.row;
+    if let Some((_, budget)) = row.beside {
+        let against =
+            Against { name: row.name(), peer_name: "the same alone".to_owned(), budget: Some(budget) };
+        let fetch = |who| values(measured, who, |outcome| outcome.fetch);
+        let figure =
+            Figure::of_rounds(against, "s", &fetch(Contestant::OursBeside), &fetch(Contestant::Ours));
+        return figure.into_iter().collect();
+    }
     let peers = [
         (Contestant::NixCopy, "nix copy", row.budget.map(|(copy, _)| copy)),
         (Contestant::NixRealise, "nix-store -r", row.budget.map(|(_, realise)| realise)),

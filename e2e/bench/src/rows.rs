@@ -22,16 +22,15 @@ pub(crate) struct Row {
     pub(crate) limit: bool,
     /// The registration is a figure of its own.
     pub(crate) register: bool,
+    /// A corpus that the same process is fetching, and how many times longer this one may take because of it.
+    pub(crate) beside: Option<(&'static str, f64)>,
 }
 
 const fn row(corpus: &'static str, compression: &'static str, budget: Option<(f64, f64)>) -> Row {
-    Row { corpus, compression, delay: 0, budget, limit: false, register: false }
+    Row { corpus, compression, delay: 0, budget, limit: false, register: false, beside: None }
 }
 
 /// All rows. The corpora are described in `corpora.sh`.
-///
-/// Missing: B while G is fetched by the same process, for which `nix-csi-node` has no command yet. Such a row
-/// is a [`Row`] with one more field that says what runs beside, and that [`Field::run`] heeds.
 pub(crate) const ROWS: &[Row] = &[
     Row { limit: true, register: true, ..row("B", "zstd", Some((1.0 / 1.6, 1.0 / 1.5))) },
     row("B", "none", None),
@@ -44,6 +43,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("A", "xz", XZ),
     Row { limit: true, ..row("D", "zstd", None) },
     Row { delay: 20, ..row("B", "zstd", Some((1.0 / 15.0, 1.0 / 2.4))) },
+    Row { beside: Some(("G", 2.5)), ..row("B", "zstd", None) },
 ];
 
 /// Nearly all of it is the same decoder.
@@ -57,8 +57,10 @@ pub(crate) struct Measured {
 
 impl Row {
     pub(crate) fn name(&self) -> String {
-        let Self { corpus, compression, delay, .. } = self;
-        if *delay == 0 {
+        let Self { corpus, compression, delay, beside, .. } = self;
+        if let Some((beside, _)) = beside {
+            format!("{corpus} {compression} while {beside} is fetched")
+        } else if *delay == 0 {
             format!("{corpus} {compression}")
         } else {
             format!("{corpus} {compression}, {delay} ms per request")
@@ -73,11 +75,17 @@ impl Row {
         field: &mut Field,
         rounds: usize,
     ) -> Result<Measured> {
-        let corpus = Corpus::open(corpora, self.corpus, self.compression)?;
+        let mut corpus = Corpus::open(corpora, self.corpus, self.compression)?;
         corpus.warm()?;
         let url = servers.url(Duration::from_millis(self.delay))?;
         let url = format!("{url}/{}", corpus.url_path);
         let mut contestants = vec![Contestant::Ours, Contestant::NixCopy, Contestant::NixRealise];
+        if let Some((beside, _)) = self.beside {
+            let beside = Corpus::open(corpora, beside, self.compression)?;
+            beside.warm()?;
+            corpus.beside = Some(Box::new(beside));
+            contestants = vec![Contestant::Ours, Contestant::OursBeside];
+        }
         if self.limit {
             contestants.push(Contestant::Limit);
         }

@@ -20,16 +20,15 @@ use axum::serve::ListenerExt as _;
 pub(crate) struct Servers {
     corpora: PathBuf,
     nginx: Child,
-    nginx_dir: PathBuf,
     address: SocketAddr,
 }
 
 impl Servers {
-    /// Starts nginx.
-    pub(crate) fn start(corpora: &Path) -> Result<Self> {
+    /// Starts nginx, which gets a directory in `scratch`.
+    pub(crate) fn start(corpora: &Path, scratch: &Path) -> Result<Self> {
         // Free a moment ago; if somebody else takes it, nginx does not start and that is said.
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let nginx_dir = std::env::temp_dir().join(format!("nix-csi-bench-{}", std::process::id()));
+        let nginx_dir = scratch.join("nginx");
         fs::create_dir(&nginx_dir).with_context(|| nginx_dir.display().to_string())?;
         let config = nginx_dir.join("nginx.conf");
         fs::write(&config, nginx_config(&nginx_dir, corpora, address))?;
@@ -39,7 +38,7 @@ impl Servers {
             .arg(&config)
             .spawn()
             .context("setpriv nginx; e2e/setup.sh installs it")?;
-        let servers = Self { corpora: corpora.to_owned(), nginx, nginx_dir, address };
+        let servers = Self { corpora: corpora.to_owned(), nginx, address };
         for _ in 0..100 {
             if TcpStream::connect(address).is_ok() {
                 return Ok(servers);
@@ -61,7 +60,6 @@ impl Drop for Servers {
         let pid = rustix::process::Pid::from_child(&self.nginx);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         let _ = self.nginx.wait();
-        let _ = fs::remove_dir_all(&self.nginx_dir);
     }
 }
 

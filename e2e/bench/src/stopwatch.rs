@@ -82,11 +82,13 @@ impl Drop for Stopwatch {
     }
 }
 
-/// The process itself: answers until its input ends.
+/// The process itself: answers until its input ends, or nobody reads the answers.
 pub(crate) fn serve() -> Result<()> {
     for line in std::io::stdin().lines() {
         let timed = time(&serde_json::from_str(&line?)?)?;
-        writeln!(std::io::stdout(), "{}", serde_json::to_string(&timed)?)?;
+        if writeln!(std::io::stdout(), "{}", serde_json::to_string(&timed)?).is_err() {
+            break;
+        }
     }
     Ok(())
 }
@@ -104,7 +106,7 @@ fn time(request: &Request) -> Result<Timed> {
         let at = start.elapsed().as_secs_f64();
         if valid.is_none()
             && let Ok(line) = serde_json::from_str::<Value>(&line?)
-            && (line["event"] == "valid" || line.get("paths").is_some())
+            && line["event"] == "valid"
         {
             valid = Some((at, line));
         }
