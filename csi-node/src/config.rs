@@ -1,5 +1,6 @@
 //! The node's options: a `nix.conf`, with Nix's names, meanings and list syntax.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use nix_csi_store::conf::{self, Statement};
 use nix_csi_store::{Netrc, ParseKeyError, ParseNetrcError, PublicKey, TrustedKeys};
 use reqwest::Url;
 
-use crate::substituter::{Logins, ParseTokensError};
+use crate::substituter::{Logins, ParseTokensError, without_secrets};
 
 /// Why the options cannot be used. The process stops: nothing is silently replaced by a default.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +77,7 @@ pub enum LoginsError {
 }
 
 /// The options of a node. Without a file: Nix's own defaults, but for `http-connections`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Config {
     /// `substituters`: asked in this order.
     pub substituters: Vec<Url>,
@@ -98,6 +99,18 @@ pub struct Config {
     pub netrc_file: Option<PathBuf>,
     /// `bearer-tokens-file`, which Nix does not have: lines of `<host> <token>`.
     pub bearer_tokens_file: Option<PathBuf>,
+}
+
+impl fmt::Debug for Config {
+    /// Without the passwords that may stand in addresses.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let substituters: Vec<_> = self.substituters.iter().map(without_secrets).collect();
+        f.debug_struct("Config")
+            .field("substituters", &substituters)
+            .field("trusted_public_keys", &self.trusted_public_keys)
+            .field("require_sigs", &self.require_sigs)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for Config {
@@ -162,7 +175,9 @@ impl<'a> Setting<'a> {
             .map(|word| {
                 let url =
                     Url::parse(word).ok().filter(|url| matches!(url.scheme(), "http" | "https" | "file"));
-                url.ok_or_else(|| self.bad(word, "the http, https or file address of a binary cache"))
+                // What stands before an `@` may be a password.
+                let shown = || word.rsplit_once('@').map_or(word, |(_, behind)| behind);
+                url.ok_or_else(|| self.bad(shown(), "the http, https or file address of a binary cache"))
             })
             .collect()
     }

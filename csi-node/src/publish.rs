@@ -114,6 +114,7 @@ fn fetch_code(error: &FetchError) -> Code {
             | CacheError::NarInfo { .. }
             | CacheError::StoreDir { .. }
             | CacheError::Encoding { .. }
+            | CacheError::Undecodable { .. }
             | CacheError::OtherPath { .. }
             | CacheError::NarUrl { .. } => Code::DataLoss,
         },

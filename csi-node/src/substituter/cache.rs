@@ -1,6 +1,7 @@
 //! One binary cache, over HTTP or in a directory.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,20 +10,24 @@ use nix_csi_store::{Compression, NarInfo, StorePath};
 use reqwest::header::{self, HeaderMap, HeaderValue};
 use reqwest::{Client, Response, StatusCode, Url};
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::OnceCell;
 
 use super::budget::{Budget, Share};
+use super::decode::decoder;
 use super::error::CacheError;
 use super::fair::{Owner, Urgency};
 use super::health::Health;
 use super::info::{self, CacheInfo};
 use super::login::Logins;
-use super::transfer::Transfer;
+use super::transfer::{self, Transfer};
 
 /// Larger answers to a narinfo request are not read to their end.
 const MAX_NARINFO: usize = 256 * 1024;
 /// How long a path that was not there is not asked for again. It may be pushed at any moment.
 const MISSING_FOR: Duration = Duration::from_secs(10);
+/// When a cache that did not answer is asked again for what it is.
+const ASKED_AGAIN: Duration = Duration::from_secs(5);
+/// What decoding a narinfo may take, where it comes compressed.
+const SMALL_MEMORY: u64 = 16 << 20;
 /// More of them than this are swept.
 const MANY_MISSING: usize = 10_000;
 /// A pause between two attempts is never longer, whatever the cache asks for.
@@ -38,9 +43,16 @@ struct Cache {
     attempts: u32,
     /// Requests under way; one of them may hold no other.
     connections: Budget,
-    info: OnceCell<CacheInfo>,
+    info: tokio::sync::Mutex<Option<Known>>,
     health: Mutex<Health>,
     missing: Mutex<HashMap<StorePath, Instant>>,
+}
+
+/// What a cache said of itself, or the name of another store directory.
+struct Known {
+    said: Result<CacheInfo, String>,
+    /// When it is asked again, because it could not be asked.
+    until: Option<Instant>,
 }
 
 enum Place {
@@ -74,7 +86,7 @@ impl BinaryCache {
             place,
             attempts: attempts.max(1),
             connections: Budget::new(connections.max(1), 8),
-            info: OnceCell::new(),
+            info: tokio::sync::Mutex::default(),
             health: Mutex::default(),
             missing: Mutex::default(),
         }))
@@ -90,16 +102,27 @@ impl BinaryCache {
         self.0.attempts
     }
 
-    /// Where the cache stands among others: lower is asked earlier. Asked for once, when it is needed.
+    /// Where the cache stands among others: lower is asked earlier. The cache is asked for it once; one that cannot
+    /// be asked stands where one stands that says nothing. The only error is that it is of another store.
     pub(super) async fn priority(&self, owner: Owner) -> Result<u32, CacheError> {
-        let info = self.0.info.get_or_try_init(|| async {
-            let Some(text) = self.small(owner, "nix-cache-info", info::MAX_LEN).await? else {
-                return Ok(CacheInfo::default());
+        let mut known = self.0.info.lock().await;
+        let is_old = |known: &Known| known.until.is_some_and(|until| until < Instant::now());
+        if known.as_ref().is_none_or(is_old) {
+            let (said, until) = match self.small(owner, "nix-cache-info", info::MAX_LEN).await {
+                Ok(Some(text)) => (CacheInfo::parse(&String::from_utf8_lossy(&text)), None),
+                Ok(None) => (Ok(CacheInfo::default()), None),
+                Err(error) => {
+                    tracing::debug!(%error, cache = %self.name(), "does not say what it is");
+                    (Ok(CacheInfo::default()), Some(Instant::now() + ASKED_AGAIN))
+                }
             };
-            CacheInfo::parse(&String::from_utf8_lossy(&text))
-                .map_err(|found| CacheError::StoreDir { cache: self.name().to_string(), found })
-        });
-        info.await.map(|info| info.priority)
+            *known = Some(Known { said, until });
+        }
+        match known.as_ref().map(|known| known.said.clone()) {
+            Some(Err(found)) => Err(CacheError::StoreDir { cache: self.name().to_string(), found }),
+            Some(Ok(info)) => Ok(info.priority),
+            None => Ok(CacheInfo::default().priority),
+        }
     }
 
     /// What the cache says about `path`, or `None` if it does not have it.
@@ -143,11 +166,10 @@ impl BinaryCache {
                 if !matches!(url.scheme(), "http" | "https") {
                     return Err(CacheError::NarUrl { url: public(&url) });
                 }
-                let mut headers = HeaderMap::new();
-                if info.compression == Compression::None {
-                    // Servers that compress on the way out do it well only with this one.
-                    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("zstd"));
-                }
+                // Worth it only for what is not compressed, and then zstd is the one that costs least.
+                let accepted =
+                    if info.compression == Compression::None { ON_THE_WAY.as_str() } else { "identity" };
+                let headers = accept(accepted);
                 let gone = || CacheError::Gone { url: public(&url) };
                 let response = self.get(&url, &headers).await?.ok_or_else(gone)?;
                 Transfer::from_response(self.clone(), url.clone(), response, connection)
@@ -158,6 +180,10 @@ impl BinaryCache {
     /// How much longer the cache is left alone, because it failed.
     pub(super) fn pause(&self) -> Option<Duration> {
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).pause(Instant::now())
+    }
+
+    fn failed(&self) {
+        self.0.health.lock().unwrap_or_else(PoisonError::into_inner).failed(Instant::now());
     }
 
     async fn connection(&self, owner: Owner, urgency: Urgency) -> Share {
@@ -179,7 +205,8 @@ impl BinaryCache {
             }
             Place::Http { base, .. } => {
                 let url = join(base, file)?;
-                let Some(mut response) = self.get(&url, &HeaderMap::new()).await? else { return Ok(None) };
+                let Some(mut response) = self.get(&url, &accept("identity")).await? else { return Ok(None) };
+                let encoding = transfer::encoding(&url, response.headers())?;
                 let mut body = Vec::new();
                 while let Some(chunk) =
                     response.chunk().await.map_err(|source| CacheError::unreachable(&url, source))?
@@ -189,7 +216,12 @@ impl BinaryCache {
                         return Err(too_long(public(&url)));
                     }
                 }
-                Ok(Some(body))
+                let Some(encoding) = encoding else { return Ok(Some(body)) };
+                let mut decoded = Vec::new();
+                decoder(encoding, &body[..], SMALL_MEMORY)
+                    .and_then(|decoder| decoder.take(limit as u64 + 1).read_to_end(&mut decoded))
+                    .map_err(|source| CacheError::Undecodable { url: public(&url), source })?;
+                if decoded.len() > limit { Err(too_long(public(&url))) } else { Ok(Some(decoded)) }
             }
         }
     }
@@ -239,7 +271,9 @@ impl BinaryCache {
                 return Err(error);
             }
             if attempt >= self.0.attempts {
-                self.0.health.lock().unwrap_or_else(PoisonError::into_inner).failed(Instant::now());
+                if error.is_of_whole_cache() {
+                    self.failed();
+                }
                 return Err(error);
             }
             tracing::debug!(%error, attempt, "asking again");
@@ -276,13 +310,24 @@ impl BinaryCache {
     }
 }
 
+/// How a NAR that is not compressed may come.
+pub(super) const ON_THE_WAY: Compression = Compression::Zstd;
+
+fn accept(encoding: &'static str) -> HeaderMap {
+    HeaderMap::from_iter([(header::ACCEPT_ENCODING, HeaderValue::from_static(encoding))])
+}
+
 /// How long to wait before the next attempt: longer each time, and never the same for all who wait.
 pub(super) fn retry_after(error: &CacheError, attempt: u32, asked_for: Option<Duration>) -> Duration {
     let overloaded =
         matches!(error, CacheError::Status { status, .. } if matches!(status.as_u16(), 429 | 503));
     let base = Duration::from_millis(if overloaded { 500 } else { 100 });
-    let pause = asked_for.unwrap_or_else(|| base.saturating_mul(1 << attempt.min(8)));
-    (pause.mul_f64(0.75 + jitter() / 2.0)).min(LONGEST_RETRY)
+    let pause = match asked_for {
+        // Never earlier.
+        Some(pause) => pause.min(LONGEST_RETRY).mul_f64(1.0 + jitter() / 4.0),
+        None => base.saturating_mul(1 << attempt.min(8)).mul_f64(0.75 + jitter() / 2.0),
+    };
+    pause.min(LONGEST_RETRY)
 }
 
 /// Between 0 and 1, another one each time.
@@ -299,13 +344,16 @@ fn join(base: &Url, relative: &str) -> Result<Url, CacheError> {
 
 /// A file below `directory`, or nothing if `relative` leads elsewhere.
 fn beneath(directory: &Path, relative: &str) -> Option<PathBuf> {
+    if Url::parse(relative).is_ok() {
+        return None;
+    }
     let relative = Path::new(relative.split('?').next()?);
     let inside = relative.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     inside.then(|| directory.join(relative))
 }
 
 /// An address for messages: without user, password and query, which may hold a token.
-pub(super) fn public(url: &Url) -> String {
+pub(crate) fn public(url: &Url) -> String {
     let mut url = url.clone();
     let _ = (url.set_username(""), url.set_password(None));
     url.set_query(None);
@@ -321,6 +369,7 @@ mod tests {
     #[case::below("nar/x.nar.zst", Some("/cache/nar/x.nar.zst"))]
     #[case::with_query("nar/x.nar?hash=1", Some("/cache/nar/x.nar"))]
     #[case::absolute("/etc/passwd", None)]
+    #[case::elsewhere("file:///etc/passwd", None)]
     #[case::upwards("../x", None)]
     #[case::upwards_later("nar/../../x", None)]
     fn a_nar_of_a_directory_is_beneath_it(#[case] url: &str, #[case] expected: Option<&str>) {

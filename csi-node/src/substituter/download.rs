@@ -7,7 +7,7 @@ use nix_csi_store::{Compression, NarInfo};
 use tokio::sync::mpsc;
 
 use super::budget::Share;
-use super::cache::retry_after;
+use super::cache::{ON_THE_WAY, retry_after};
 use super::error::FetchError;
 use super::fair::Owner;
 use super::fetch::Engine;
@@ -42,7 +42,9 @@ impl Way {
     /// What is expected of a path, before a byte of it has arrived.
     fn first(info: &NarInfo) -> Self {
         if info.nar_size > WHOLE {
-            return Self::Stream { decoder: window::expected(info.compression) };
+            // What is not compressed may be on its way.
+            let compression = Some(info.compression).filter(|of| *of != Compression::None);
+            return Self::Stream { decoder: window::expected(compression.unwrap_or(ON_THE_WAY)) };
         }
         // What the cache says of the file's size is a hint; a larger one is taken as a stream.
         let most = largest_body(info.nar_size);

@@ -93,6 +93,14 @@ pub enum CacheError {
         /// When.
         seconds: u64,
     },
+    /// Compressed on the way, and not to be decompressed.
+    #[error("cannot decompress {url}")]
+    Undecodable {
+        /// What was asked for.
+        url: String,
+        /// What the decoder said.
+        source: io::Error,
+    },
     /// Compressed on the way in a way that was not asked for.
     #[error("{url} came with Content-Encoding {encoding:?}, known are zstd, gzip, br and xz")]
     Encoding {
@@ -114,10 +122,21 @@ impl CacheError {
         Self::Unreachable { url: public(url), source: source.without_url() }
     }
 
+    /// Whether other questions will fare no better now. A server that fails at one file may have all others.
+    pub(super) fn is_of_whole_cache(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Status { status, .. } => matches!(status.as_u16(), 429 | 502 | 503 | 504),
+            _ => false,
+        }
+    }
+
     /// Whether the same question may get another answer later.
     pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Paused { .. } => true,
+            // Where redirects do not end, asking again does not either.
+            Self::Unreachable { source, .. } => !source.is_redirect() && !source.is_builder(),
+            Self::Paused { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
             }
@@ -126,6 +145,7 @@ impl CacheError {
             | Self::File { .. }
             | Self::StoreDir { .. }
             | Self::Encoding { .. }
+            | Self::Undecodable { .. }
             | Self::TooLong { .. }
             | Self::NarInfo { .. }
             | Self::OtherPath { .. }

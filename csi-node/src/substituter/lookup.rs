@@ -106,8 +106,8 @@ async fn ask(
     let failed = |source| FetchError::Lookup { path: path.clone(), source };
     // Also says whether the cache is one of this store at all.
     let (priority, info) = tokio::join!(cache.priority(owner), cache.narinfo(owner, path));
-    let Some(info) = info.map_err(failed)? else { return Ok(None) };
     priority.map_err(failed)?;
+    let Some(info) = info.map_err(failed)? else { return Ok(None) };
     let proof = trust.check(&info, cache.name())?;
     Ok(Some(Source { info: Arc::new(info), proof, cache: cache.clone(), number }))
 }
@@ -124,7 +124,7 @@ async fn tiers(caches: &[BinaryCache], owner: Owner, except: &[usize]) -> Vec<Ve
         .collect();
     let mut tiers = BTreeMap::<_, Vec<usize>>::new();
     while let Some((priority, number)) = priorities.next().await {
-        // One that does not answer is asked last, and then says itself what is wrong.
+        // One of another store is asked last, and then says itself what is wrong.
         tiers.entry(priority.unwrap_or(u32::MAX)).or_default().push(number);
     }
     tiers.into_values().collect()

@@ -31,6 +31,7 @@ mod unpack;
 mod window;
 
 pub use cache::BinaryCache;
+pub(crate) use cache::public as without_secrets;
 pub use client::{ClientError, client};
 pub use content::ContentError;
 pub use error::{CacheError, FetchError};

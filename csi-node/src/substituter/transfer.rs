@@ -102,9 +102,8 @@ impl Http {
         let range = HeaderValue::from_str(&format!("bytes={}-", self.received));
         headers.insert(header::RANGE, range.unwrap_or(HeaderValue::from_static("bytes=0-")));
         headers.insert(header::IF_RANGE, validator.clone());
-        if let Some(encoding) = self.encoding {
-            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(encoding.as_str()));
-        }
+        let as_before = self.encoding.map_or("identity", Compression::as_str);
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(as_before));
         let Some(rest) = self.cache.get(&self.url, &headers).await? else {
             return Err(CacheError::Gone { url: public(&self.url) });
         };
@@ -132,18 +131,17 @@ fn first_byte(headers: &HeaderMap) -> Option<u64> {
     range.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok()
 }
 
-fn encoding(url: &Url, headers: &HeaderMap) -> Result<Option<Compression>, CacheError> {
+/// How an answer was compressed on its way.
+pub(super) fn encoding(url: &Url, headers: &HeaderMap) -> Result<Option<Compression>, CacheError> {
     let Some(encoding) = headers.get(header::CONTENT_ENCODING) else { return Ok(None) };
-    Ok(Some(match encoding.as_bytes() {
-        b"" | b"identity" => return Ok(None),
-        b"zstd" => Compression::Zstd,
-        b"gzip" | b"x-gzip" => Compression::Gzip,
-        b"br" => Compression::Brotli,
-        b"xz" => Compression::Xz,
-        _ => {
-            let encoding = String::from_utf8_lossy(encoding.as_bytes()).into_owned();
-            return Err(CacheError::Encoding { url: public(url), encoding });
-        }
+    let encoding = String::from_utf8_lossy(encoding.as_bytes()).to_ascii_lowercase();
+    Ok(Some(match &*encoding {
+        "" | "identity" => return Ok(None),
+        "zstd" => Compression::Zstd,
+        "gzip" | "x-gzip" => Compression::Gzip,
+        "br" => Compression::Brotli,
+        "xz" => Compression::Xz,
+        _ => return Err(CacheError::Encoding { url: public(url), encoding }),
     }))
 }
 

@@ -67,6 +67,7 @@ fn nginx_config(dir: &Path, root: &Path, address: SocketAddr) -> String {
     let (dir, root) = (dir.display(), root.display());
     format!(
         "daemon off;
+error_log stderr crit;
 user root;
 worker_processes 1;
 pid {dir}/pid;
