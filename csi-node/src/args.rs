@@ -197,16 +197,23 @@ async fn fetch(
         // Between two lines: the last one says more.
         shown.abort();
     }
+    if let Ok(closure) = &fetched {
+        progress::tell(&Event::Valid {
+            paths: closure.paths.len(),
+            fetched: closure.fetched,
+            register_seconds: closure.registering.as_secs_f64(),
+            ran_alone: substituter.ran_alone(),
+            seconds: start.elapsed().as_secs_f64(),
+        });
+    }
     let store = Arc::clone(store);
+    tokio::task::spawn_blocking(move || {
+        // Here, because a thread that does it later ends with the process.
+        store.empty_trash()?;
+        store.sync().map_err(anyhow::Error::new)
+    })
+    .await??;
     let closure = fetched?;
-    progress::tell(&Event::Valid {
-        paths: closure.paths.len(),
-        fetched: closure.fetched,
-        register_seconds: closure.registering.as_secs_f64(),
-        ran_alone: substituter.ran_alone(),
-        seconds: start.elapsed().as_secs_f64(),
-    });
-    tokio::task::spawn_blocking(move || store.sync()).await??;
     progress::tell(&Event::Durable { seconds: start.elapsed().as_secs_f64() });
     Ok(closure)
 }
@@ -230,6 +237,9 @@ async fn verify(root: &Path, config: &Config, repair: bool) -> anyhow::Result<()
     let _lock = if repair { Some(RootLock::acquire(root, "nix-csi-node verify --repair")?) } else { None };
     raise_file_limit();
     let store = Arc::new(NodeStore::open(root)?);
+    if repair {
+        recover(&store).await?;
+    }
     let looking = Arc::clone(&store);
     let (paths, damaged) = tokio::task::spawn_blocking(move || verify::find_damage(&looking)).await??;
     let mut repaired = 0;
@@ -243,7 +253,7 @@ async fn verify(root: &Path, config: &Config, repair: bool) -> anyhow::Result<()
         }
         tokio::task::spawn_blocking(move || {
             store.empty_trash()?;
-            Ok::<_, anyhow::Error>(store.sync()?)
+            Ok::<_, anyhow::Error>(store.sync_anew()?)
         })
         .await??;
     }
@@ -306,10 +316,15 @@ fn delete_node_data(root: &Path, yes: bool) -> anyhow::Result<()> {
     );
     for entry in std::fs::read_dir(root)? {
         let path = entry?.path();
+        // Last: whoever starts meanwhile must find it held.
+        if path.ends_with("lock") {
+            continue;
+        }
         let removed =
             if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
         removed.with_context(|| format!("cannot delete {}", path.display()))?;
     }
+    std::fs::remove_file(root.join("lock")).context("cannot delete the lock")?;
     Ok(())
 }
 

@@ -79,7 +79,7 @@ pub enum LoginsError {
 /// The options of a node. Without a file: Nix's own defaults, but for `http-connections`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Config {
-    /// `substituters`: asked in this order.
+    /// `substituters`: asked in the order of the priorities that they announce.
     pub substituters: Vec<Url>,
     /// `trusted-public-keys`.
     pub trusted_public_keys: Vec<PublicKey>,

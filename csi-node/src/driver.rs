@@ -92,7 +92,9 @@ pub fn start_substituter(store: Arc<NodeStore>, config: &Config) -> anyhow::Resu
     let logins = Arc::new(config.logins().context("the credentials for binary caches")?);
     let cache = |url: &reqwest::Url| {
         let (client, logins) = (client.clone(), Arc::clone(&logins));
-        BinaryCache::new(url.clone(), client, logins, config.http_connections, config.download_attempts)
+        // Zero means no limit, as in Nix: more than any cache takes.
+        let connections = if config.http_connections == 0 { 1024 } else { config.http_connections };
+        BinaryCache::new(url.clone(), client, logins, connections, config.download_attempts)
     };
     let caches = config.substituters.iter().map(cache).collect();
     let trust = Trust { keys: config.trusted_keys(), require_sigs: config.require_sigs };

@@ -127,6 +127,11 @@ fn fetch_code(error: &FetchError) -> Code {
         FetchError::Register(RegisterError::Io(error)) => io_code(&error.source),
         FetchError::Register(RegisterError::Database(error)) | FetchError::Database(error) => match error {
             DatabaseError::Io(error) => io_code(&error.source),
+            DatabaseError::Sqlite(error)
+                if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) =>
+            {
+                Code::ResourceExhausted
+            }
             DatabaseError::Sqlite(_)
             | DatabaseError::Schema { .. }
             | DatabaseError::Row(_)

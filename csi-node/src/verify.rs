@@ -57,8 +57,9 @@ pub(crate) async fn repair(
     );
     let (store, path) = (Arc::clone(store), info.path.clone());
     tokio::task::spawn_blocking(move || {
-        store.replace(&staged)?;
+        // In this order: if it ends in between, the damage is found again, and the views are not in use.
         let retired_views = view::retire(&store, &path).context("cannot retire a view")?;
+        store.replace(&staged)?;
         let mut volumes = Vec::new();
         for record in Volumes::at(store.layout().root()).list()?.into_iter().flatten() {
             if retired_views.contains(&record.view) {

@@ -2,12 +2,16 @@
 //!
 //! Nothing is skipped here. What is missing is an error that says how it is made.
 
+mod cache_server;
 pub mod cluster;
 mod fault;
 mod fixtures;
 mod http;
+pub mod nar_cache;
 pub mod nix;
+pub mod tree;
 
+pub use cache_server::{CacheServer, Rule, Seen};
 pub use fault::{Fault, FaultProxy};
 pub use fixtures::{Fixture, Fixtures};
 pub use http::StaticServer;

@@ -19,6 +19,9 @@ struct Mark {
     boot: String,
     /// The largest id of `ValidPaths` that was committed before a sync that went well.
     row: i64,
+    /// A sync failed in this boot. The kernel tells that once, and not to whoever asks later.
+    #[serde(default)]
+    is_broken: bool,
 }
 
 /// The mark of one store.
@@ -31,6 +34,8 @@ pub(super) struct Durable {
 
 struct State {
     row: i64,
+    /// The file says this boot.
+    is_current: bool,
     /// An error of writing back: what was lost is not known, so nothing more counts as synced in this boot.
     is_broken: bool,
 }
@@ -48,12 +53,12 @@ impl Durable {
     pub(super) fn open(root: &std::path::Path) -> io::Result<(Self, Known)> {
         let file = root.join("durable");
         let mark: Option<Mark> = fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        let known = match &mark {
-            Some(mark) if mark.boot == boot_id()? => Known::SameBoot,
-            mark => Known::UpTo(mark.as_ref().map_or(0, |mark| mark.row)),
-        };
-        let row = mark.map_or(0, |mark| mark.row);
-        let state = Mutex::new(State { row, is_broken: false });
+        let row = mark.as_ref().map_or(0, |mark| mark.row);
+        let boot = boot_id()?;
+        let same = mark.filter(|mark| mark.boot == boot);
+        let known = if same.is_some() { Known::SameBoot } else { Known::UpTo(row) };
+        let is_broken = same.is_some_and(|mark| mark.is_broken);
+        let state = Mutex::new(State { row, is_current: known == Known::SameBoot, is_broken });
         Ok((Self { file, root: File::open(root)?, state }, known))
     }
 
@@ -67,22 +72,36 @@ impl Durable {
         }
         if let Err(error) = rustix::fs::syncfs(&self.root) {
             state.is_broken = true;
+            self.write(&Mark { boot: boot_id()?, row: state.row, is_broken: true })?;
             return Err(error.into());
         }
-        let mark = Mark { boot: boot_id()?, row: row.max(state.row) };
-        let beside = self.file.with_extension("new");
-        let mut new = File::create(&beside)?;
-        new.write_all(&serde_json::to_vec(&mark)?)?;
-        new.sync_all()?;
-        fs::rename(&beside, &self.file)?;
-        // The rename itself.
-        self.root.sync_all()?;
-        state.row = mark.row;
+        let row = row.max(state.row);
+        self.write(&Mark { boot: boot_id()?, row, is_broken: false })?;
+        (state.row, state.is_current) = (row, true);
         Ok(())
     }
 
-    /// Whether all rows up to `row` are synced.
+    /// Remembers this boot for a store without a row, which has nothing to sync.
+    pub(super) fn begin(&self) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write(&Mark { boot: boot_id()?, row: 0, is_broken: false })?;
+        (state.row, state.is_current) = (0, true);
+        Ok(())
+    }
+
+    fn write(&self, mark: &Mark) -> io::Result<()> {
+        let beside = self.file.with_extension("new");
+        let mut new = File::create(&beside)?;
+        new.write_all(&serde_json::to_vec(mark)?)?;
+        new.sync_all()?;
+        fs::rename(&beside, &self.file)?;
+        // The rename itself.
+        self.root.sync_all()
+    }
+
+    /// Whether all rows up to `row` are synced, and the file says so of this boot.
     pub(super) fn covers(&self, row: i64) -> bool {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).row >= row
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.is_current && state.row >= row
     }
 }

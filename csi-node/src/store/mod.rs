@@ -153,6 +153,7 @@ impl NodeStore {
         if moved == Err(rustix::io::Errno::EXIST) {
             // Left by somebody who was interrupted before registering it.
             self.discard(&target).map_err(PathError::on("clear away", &target))?;
+            self.trash.empty_later();
             moved = rustix::fs::renameat_with(CWD, &staged.at, CWD, &target, no_replace);
         }
         moved.map_err(PathError::on("move into place", &target))?;
@@ -199,6 +200,12 @@ impl NodeStore {
         if self.durable.covers(row) {
             return Ok(());
         }
+        self.sync_anew()
+    }
+
+    /// The same, also where files changed and no row did.
+    pub fn sync_anew(&self) -> Result<(), RegisterError> {
+        let row = self.db.last_row()?;
         Ok(self.durable.sync(row).map_err(PathError::on("sync", self.layout.root()))?)
     }
 
@@ -226,7 +233,12 @@ impl NodeStore {
         self.clear_leftovers().map_err(PathError::on("clear leftovers in", at))?;
         if let Known::UpTo(row) = self.known {
             self.check_beyond(row)?;
-            self.sync()?;
+            // Views of this boot are trusted from here on, whatever becomes of this process.
+            if self.db.last_row()? == 0 {
+                self.durable.begin().map_err(PathError::on("write the mark in", at))?;
+            } else {
+                self.sync_anew()?;
+            }
         }
         Ok(())
     }
@@ -241,10 +253,16 @@ impl NodeStore {
                 self.discard(&entry.path())?;
             }
         }
-        // A view is rooted before it is built, so roots may be there without it.
+        // A view is rooted before it is built, so roots may be there without it. A retired one has those of its
+        // id.
+        let mut ids = HashSet::new();
+        for entry in fs::read_dir(self.layout.views())? {
+            let name = entry?.file_name();
+            ids.extend(name.to_str().and_then(|name| name.split('.').next()).map(str::to_owned));
+        }
         for entry in fs::read_dir(self.layout.view_roots())? {
             let name = entry?.file_name();
-            if !self.layout.views().join(&name).is_dir() {
+            if name.to_str().is_none_or(|name| !ids.contains(name)) {
                 fs::remove_dir_all(self.layout.view_roots().join(&name))?;
             }
         }
@@ -287,6 +305,8 @@ impl NodeStore {
 
     /// Makes `paths` invalid, with all that refer to them, and takes their files away.
     pub fn forget(&self, paths: &[StorePath]) -> Result<(), RegisterError> {
+        let _locks = locks::PathLocks::acquire(&self.layout, paths)
+            .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
         for path in self.db.invalidate(paths)? {
             let at = self.layout.physical(&path);
             match self.discard(&at) {

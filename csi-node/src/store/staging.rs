@@ -68,7 +68,8 @@ struct Record {
 pub struct Place {
     staging: Staging,
     name: String,
-    size: u64,
+    /// What is reserved and not written yet.
+    unwritten: AtomicU64,
     is_kept: AtomicBool,
 }
 
@@ -105,7 +106,8 @@ impl Staging {
         let free = stat.f_bavail.saturating_mul(stat.f_frsize);
         let before = self.0.reserved.fetch_add(size, Ordering::Relaxed);
         let name = self.0.trash.fresh_name();
-        let place = Place { staging: self.clone(), name, size, is_kept: AtomicBool::new(false) };
+        let unwritten = AtomicU64::new(size);
+        let place = Place { staging: self.clone(), name, unwritten, is_kept: AtomicBool::new(false) };
         let needed = before.saturating_add(size).saturating_add(MARGIN);
         if needed > free {
             let root = self.0.dir.clone();
@@ -186,6 +188,14 @@ impl Place {
         &self.name
     }
 
+    /// So many bytes more are written: the filesystem counts them from here on.
+    pub fn written(&self, bytes: u64) {
+        let less = |left: u64| Some(left.saturating_sub(bytes));
+        let before = self.unwritten.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let counted = before.map_or(0, |before| before.min(bytes));
+        self.staging.0.reserved.fetch_sub(counted, Ordering::Relaxed);
+    }
+
     /// Says that the path is complete and is what `info` says.
     pub fn verified(&self, info: PathInfo, is_dir: bool) -> Staged {
         self.is_kept.store(true, Ordering::Release);
@@ -195,7 +205,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.staging.0.reserved.fetch_sub(self.size, Ordering::Relaxed);
+        self.staging.0.reserved.fetch_sub(*self.unwritten.get_mut(), Ordering::Relaxed);
         if !*self.is_kept.get_mut() {
             discard(&self.staging.0.trash, &self.staging.0.dir.join(&self.name), false);
         }

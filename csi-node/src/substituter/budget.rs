@@ -56,8 +56,13 @@ impl Budget {
             state.waiting.push(owner, urgency, Waiter { owner, want, granted });
         }
         self.grant();
+        // If this wait ends early, those behind it may be next.
+        let unserved = Unserved(self);
         match share.await {
-            Ok(share) => share,
+            Ok(share) => {
+                std::mem::forget(unserved);
+                share
+            }
             // The sender is in the queue until it is used, and the queue lives as long as `self`.
             Err(_) => unreachable!("a waiter is only taken out of the queue to be served"),
         }
@@ -83,23 +88,37 @@ impl Budget {
     fn next(&self) -> Option<(oneshot::Sender<Share>, Share)> {
         let mut guard = self.state();
         let State { free, reserve, held, waiting, .. } = &mut *guard;
-        let waiter = waiting.pop_if(|owner, waiter| {
-            if waiter.granted.is_closed() {
-                Turn::Take
-            } else if waiter.want > *free {
-                Turn::Wait
-            } else if held.contains_key(&owner) && waiter.want + *reserve > *free {
-                Turn::Skip
-            } else {
-                Turn::Take
+        loop {
+            let waiter = waiting.pop_if(|owner, waiter| {
+                if waiter.granted.is_closed() {
+                    Turn::Take
+                } else if held.contains_key(&owner) && waiter.want + *reserve > *free {
+                    // Becomes a newcomer when all that it holds is given back.
+                    Turn::Skip
+                } else if waiter.want > *free {
+                    Turn::Wait
+                } else {
+                    Turn::Take
+                }
+            })?;
+            let Waiter { owner, want: units, granted } = waiter;
+            // There may be thousands of them, after a large fetch has failed.
+            if granted.is_closed() {
+                continue;
             }
-        })?;
-        let Waiter { owner, want, granted } = waiter;
-        let units = if granted.is_closed() { 0 } else { want };
-        *free -= units;
-        *held.entry(owner).or_default() += units;
-        let share = Share { budget: self.clone(), owner, units };
-        Some((granted, share))
+            *free -= units;
+            *held.entry(owner).or_default() += units;
+            return Some((granted, Share { budget: self.clone(), owner, units }));
+        }
+    }
+}
+
+/// A wait that has not ended well.
+struct Unserved<'a>(&'a Budget);
+
+impl Drop for Unserved<'_> {
+    fn drop(&mut self) {
+        self.0.grant();
     }
 }
 

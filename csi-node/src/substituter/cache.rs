@@ -26,6 +26,9 @@ const MAX_NARINFO: usize = 256 * 1024;
 const MISSING_FOR: Duration = Duration::from_secs(10);
 /// When a cache that did not answer is asked again for what it is.
 const ASKED_AGAIN: Duration = Duration::from_secs(5);
+/// How long a cache may take to say what it is, and when one that took longer is asked again.
+const ANSWERED: Duration = Duration::from_secs(3);
+const HANGS: Duration = Duration::from_mins(1);
 /// What decoding a narinfo may take, where it comes compressed.
 const SMALL_MEMORY: u64 = 16 << 20;
 /// More of them than this are swept.
@@ -108,13 +111,16 @@ impl BinaryCache {
         let mut known = self.0.info.lock().await;
         let is_old = |known: &Known| known.until.is_some_and(|until| until < Instant::now());
         if known.as_ref().is_none_or(is_old) {
-            let (said, until) = match self.small(owner, "nix-cache-info", info::MAX_LEN).await {
-                Ok(Some(text)) => (CacheInfo::parse(&String::from_utf8_lossy(&text)), None),
-                Ok(None) => (Ok(CacheInfo::default()), None),
-                Err(error) => {
+            let asked = self.small(owner, "nix-cache-info", info::MAX_LEN);
+            let (said, until) = match tokio::time::timeout(ANSWERED, asked).await {
+                Ok(Ok(Some(text))) => (CacheInfo::parse(&String::from_utf8_lossy(&text)), None),
+                Ok(Ok(None)) => (Ok(CacheInfo::default()), None),
+                Ok(Err(error)) => {
                     tracing::debug!(%error, cache = %self.name(), "does not say what it is");
                     (Ok(CacheInfo::default()), Some(Instant::now() + ASKED_AGAIN))
                 }
+                // Whoever hangs is not waited for again soon: other caches may have everything.
+                Err(_) => (Ok(CacheInfo::default()), Some(Instant::now() + HANGS)),
             };
             *known = Some(Known { said, until });
         }
@@ -171,7 +177,8 @@ impl BinaryCache {
                     if info.compression == Compression::None { ON_THE_WAY.as_str() } else { "identity" };
                 let headers = accept(accepted);
                 let gone = || CacheError::Gone { url: public(&url) };
-                let response = self.get(&url, &headers).await?.ok_or_else(gone)?;
+                // Once: whoever asks for a NAR tries again with nothing in hand that others wait for.
+                let response = self.get_once(&url, &headers).await?.ok_or_else(gone)?;
                 Transfer::from_response(self.clone(), url.clone(), response, connection)
             }
         }
@@ -182,7 +189,11 @@ impl BinaryCache {
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).pause(Instant::now())
     }
 
-    fn failed(&self) {
+    /// Leaves the cache alone for a while, if `error` came after all attempts and says that it is the cache's.
+    pub(super) fn failed(&self, error: &CacheError) {
+        if !error.is_of_whole_cache() {
+            return;
+        }
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).failed(Instant::now());
     }
 
@@ -252,59 +263,60 @@ impl BinaryCache {
     }
 
     /// Asks until there is an answer, or the attempts are used up. `None`: it is not there.
-    pub(super) async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Option<Response>, CacheError> {
+    async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Option<Response>, CacheError> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let error = match self.get_once(url, headers).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            if !error.is_temporary() || matches!(error, CacheError::Paused { .. }) {
+                return Err(error);
+            }
+            if attempt >= self.0.attempts {
+                self.failed(&error);
+                return Err(error);
+            }
+            tracing::debug!(%error, attempt, "asking again");
+            tokio::time::sleep(retry_after(&error, attempt)).await;
+        }
+    }
+
+    /// Asks once, unless the cache is left alone.
+    pub(super) async fn get_once(
+        &self,
+        url: &Url,
+        headers: &HeaderMap,
+    ) -> Result<Option<Response>, CacheError> {
+        let Place::Http { base, client, logins } = &self.0.place else { return Ok(None) };
         if let Some(pause) = self.pause() {
             let seconds = pause.as_secs() + 1;
             return Err(CacheError::Paused { cache: self.name().to_string(), seconds });
         }
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let (error, asked_for) = match self.get_once(url, headers).await {
-                Ok(answer) => {
-                    self.0.health.lock().unwrap_or_else(PoisonError::into_inner).good();
-                    return Ok(answer);
-                }
-                Err(failed) => failed,
-            };
-            if !error.is_temporary() {
-                return Err(error);
-            }
-            if attempt >= self.0.attempts {
-                if error.is_of_whole_cache() {
-                    self.failed();
-                }
-                return Err(error);
-            }
-            tracing::debug!(%error, attempt, "asking again");
-            tokio::time::sleep(retry_after(&error, attempt, asked_for)).await;
-        }
-    }
-
-    /// Asks once. An error comes with the pause that the cache asked for.
-    async fn get_once(
-        &self,
-        url: &Url,
-        headers: &HeaderMap,
-    ) -> Result<Option<Response>, (CacheError, Option<Duration>)> {
-        let Place::Http { client, logins, .. } = &self.0.place else { return Ok(None) };
         let mut request = client.get(url.clone()).headers(headers.clone());
-        if let Some(login) = logins.header(url) {
+        // A narinfo may name any address, and no signature covers it.
+        if url.origin() == base.origin()
+            && let Some(login) = logins.header(url)
+        {
             request = request.header(header::AUTHORIZATION, login);
         }
-        let response = request.send().await.map_err(|source| (CacheError::unreachable(url, source), None))?;
+        let response = request.send().await.map_err(|source| CacheError::unreachable(url, source))?;
+        let mut health = self.0.health.lock().unwrap_or_else(PoisonError::into_inner);
+        health.answered(response.status().as_u16());
+        drop(health);
         let url = || public(url);
         match response.status() {
             status if status.is_success() => Ok(Some(response)),
             // Object stores that may not list say 403 for what is not there.
             StatusCode::NOT_FOUND | StatusCode::GONE | StatusCode::FORBIDDEN => Ok(None),
             status @ (StatusCode::UNAUTHORIZED | StatusCode::PROXY_AUTHENTICATION_REQUIRED) => {
-                Err((CacheError::Unauthorized { url: url(), status }, None))
+                Err(CacheError::Unauthorized { url: url(), status })
             }
             status => {
                 let after = response.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok());
                 let after = after.and_then(|after| after.parse().ok()).map(Duration::from_secs);
-                Err((CacheError::Status { url: url(), status }, after))
+                Err(CacheError::Status { url: url(), status, after })
             }
         }
     }
@@ -318,7 +330,11 @@ fn accept(encoding: &'static str) -> HeaderMap {
 }
 
 /// How long to wait before the next attempt: longer each time, and never the same for all who wait.
-pub(super) fn retry_after(error: &CacheError, attempt: u32, asked_for: Option<Duration>) -> Duration {
+pub(super) fn retry_after(error: &CacheError, attempt: u32) -> Duration {
+    let asked_for = match error {
+        CacheError::Status { after, .. } => *after,
+        _ => None,
+    };
     let overloaded =
         matches!(error, CacheError::Status { status, .. } if matches!(status.as_u16(), 429 | 503));
     let base = Duration::from_millis(if overloaded { 500 } else { 100 });
@@ -384,10 +400,11 @@ mod tests {
 
     #[test]
     fn a_cache_may_ask_for_a_longer_pause_but_not_for_any() {
-        let error = CacheError::Status { url: String::new(), status: StatusCode::TOO_MANY_REQUESTS };
-        let long = retry_after(&error, 1, Some(Duration::from_hours(1)));
-        assert_eq!(long, LONGEST_RETRY);
-        let short = retry_after(&error, 1, None);
+        let error =
+            |after| CacheError::Status { url: String::new(), status: StatusCode::TOO_MANY_REQUESTS, after };
+        assert_eq!(retry_after(&error(Some(Duration::from_hours(1))), 1), LONGEST_RETRY);
+        assert!(retry_after(&error(Some(Duration::from_secs(2))), 1) >= Duration::from_secs(2));
+        let short = retry_after(&error(None), 1);
         assert!(short >= Duration::from_millis(750) && short <= Duration::from_millis(1250), "{short:?}");
     }
 }

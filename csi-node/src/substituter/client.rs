@@ -33,6 +33,12 @@ pub enum ClientError {
         /// What is wrong with it.
         source: rustls::Error,
     },
+    /// `ssl-cert-file` has none.
+    #[error("there is no certificate in {}", path.display())]
+    NoCertificate {
+        /// The file.
+        path: PathBuf,
+    },
     /// The options do not fit together.
     #[error("cannot make an HTTP client")]
     Client(#[from] reqwest::Error),
@@ -50,6 +56,9 @@ fn roots(config: &Config) -> Result<RootCertStore, ClientError> {
             .add(certificate.map_err(unreadable)?)
             .map_err(|source| ClientError::Certificate { path: path.clone(), source })?;
     }
+    if roots.is_empty() {
+        return Err(ClientError::NoCertificate { path: path.clone() });
+    }
     Ok(roots)
 }
 
@@ -59,6 +68,8 @@ pub fn client(config: &Config) -> Result<Client, ClientError> {
     let mut tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let connections = u32::try_from(config.http_connections).unwrap_or(u32::MAX);
+    // More than HTTP/2 has room for is refused by the library.
+    let window = STREAM_WINDOW.saturating_mul(connections.saturating_add(16)).min(i32::MAX.cast_unsigned());
     let limit = |time: Duration| (!time.is_zero()).then_some(time);
     let mut builder = Client::builder();
     // Zero means no limit, as in Nix.
@@ -76,7 +87,9 @@ pub fn client(config: &Config) -> Result<Client, ClientError> {
         // A download that waits for a restore thread holds what it was sent. All of them together must not
         // hold the whole connection, or those that run would starve.
         .http2_initial_stream_window_size(STREAM_WINDOW)
-        .http2_initial_connection_window_size(STREAM_WINDOW.saturating_mul(connections.saturating_add(16)))
+        .http2_initial_connection_window_size(window)
+        // An address may hold a token.
+        .referer(false)
         .pool_max_idle_per_host(config.http_connections)
         .build()?)
 }

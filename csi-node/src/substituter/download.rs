@@ -1,5 +1,6 @@
 //! One path from a cache into staging: memory, connection, bytes, restore; again or elsewhere if that fails.
 
+use std::io;
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
@@ -34,8 +35,8 @@ const CONNECTION: u64 = 256 << 10;
 enum Way {
     /// Its bytes first, then the rest.
     Whole { limit: usize },
-    /// Through a decoder with this much memory.
-    Stream { decoder: u64 },
+    /// Through decoders with this much memory.
+    Stream { decoder: u64, is_nested: bool },
 }
 
 impl Way {
@@ -44,7 +45,8 @@ impl Way {
         if info.nar_size > WHOLE {
             // What is not compressed may be on its way.
             let compression = Some(info.compression).filter(|of| *of != Compression::None);
-            return Self::Stream { decoder: window::expected(compression.unwrap_or(ON_THE_WAY)) };
+            let decoder = window::expected(compression.unwrap_or(ON_THE_WAY));
+            return Self::Stream { decoder, is_nested: false };
         }
         // What the cache says of the file's size is a hint; a larger one is taken as a stream.
         let most = largest_body(info.nar_size);
@@ -55,8 +57,12 @@ impl Way {
     fn memory(self, info: &NarInfo) -> usize {
         let bytes = match self {
             Self::Whole { limit } => limit as u64 + CONNECTION,
-            // A decoder reserves its window and touches as much of it as there is content.
-            Self::Stream { decoder } => decoder.min(info.nar_size) + STREAM.min(info.nar_size),
+            // A decoder reserves its window and touches as much of it as there is content. What comes out of an
+            // outer one is content too, and may be more than the NAR.
+            Self::Stream { decoder, is_nested: true } => decoder + STREAM,
+            Self::Stream { decoder, is_nested: false } => {
+                decoder.min(info.nar_size) + STREAM.min(info.nar_size)
+            }
         };
         usize::try_from(bytes).unwrap_or(usize::MAX)
     }
@@ -80,7 +86,10 @@ impl Engine {
         let mut failed = Vec::new();
         let mut attempt = 0;
         loop {
-            if let Some(staged) = self.store.staging().adopt(&PathInfo::from((*source.info).clone())) {
+            // What proves itself by its content is looked at again in any case.
+            if !matches!(source.proof, Proof::Content(_))
+                && let Some(staged) = self.store.staging().adopt(&PathInfo::from((*source.info).clone()))
+            {
                 return Ok(staged);
             }
             attempt += 1;
@@ -96,11 +105,14 @@ impl Engine {
             tracing::info!(path = %source.info.path, cache = %source.cache.name(), %error, attempt, "download failed");
             if let FetchError::Download { source: cause, .. } = &error
                 && cause.is_temporary()
-                && attempt < source.cache.attempts()
-                && source.cache.pause().is_none()
             {
-                tokio::time::sleep(retry_after(cause, attempt, None)).await;
-                continue;
+                if attempt < source.cache.attempts() {
+                    // A cache that is left alone for a moment need not end what was half done.
+                    let pause = source.cache.pause().unwrap_or_default().max(retry_after(cause, attempt));
+                    tokio::time::sleep(pause).await;
+                    continue;
+                }
+                source.cache.failed(cause);
             }
             failed.push(source.number);
             let next = look_up(&self.caches, &self.trust, owner, &source.info.path, &failed).await;
@@ -116,7 +128,8 @@ impl Engine {
     async fn download(&self, source: &Source, owner: Owner, shown: &Shown) -> Result<Staged, FetchError> {
         let info = &source.info;
         let mut way = Way::first(info);
-        loop {
+        // Whole, then as a stream, then with what it really needs.
+        for _ in 0..3 {
             let place = self.place(info)?;
             match self.attempt(source, owner, way, &place, shown).await? {
                 Attempt::Done(Unpacked { is_dir }) => {
@@ -125,6 +138,10 @@ impl Engine {
                 Attempt::Anew(other) => way = other,
             }
         }
+        let (path, cache) = (info.path.clone(), source.cache.name().to_string());
+        let other_each_time =
+            io::Error::new(io::ErrorKind::InvalidData, "its window is another one each time");
+        Err(FetchError::Decode { path, cache, source: other_each_time })
     }
 
     /// One system call, on a directory that is open: not worth another thread.
@@ -151,6 +168,8 @@ impl Engine {
             self.memory.acquire(owner, super::fair::Urgency::Nar(info.nar_size), way.memory(info)).await;
         let mut transfer = cache.nar(owner, info).await.map_err(failed)?;
         let compressions = [transfer.encoding().unwrap_or(Compression::None), info.compression];
+        let is_nested = !compressions.contains(&Compression::None);
+        let as_stream = |head: &[u8]| Way::Stream { decoder: decoder_memory(compressions, head), is_nested };
         let unpack = |memory| Unpack {
             info: Arc::clone(info),
             cache: Arc::clone(cache.name()),
@@ -165,14 +184,13 @@ impl Engine {
             stop: shown.stop.clone(),
         };
         let first = match way {
+            Way::Whole { .. } if is_nested => return Ok(Attempt::Anew(as_stream(&[]))),
             Way::Whole { limit } => {
                 let mut body = Vec::with_capacity(limit);
                 while let Some(chunk) = transfer.chunk().await.map_err(failed)? {
                     if body.len() + chunk.len() > limit {
                         // More than it said: as a stream its memory is bounded in any case.
-                        return Ok(Attempt::Anew(Way::Stream {
-                            decoder: decoder_memory(compressions, &body),
-                        }));
+                        return Ok(Attempt::Anew(as_stream(&body)));
                     }
                     body.extend_from_slice(&chunk);
                 }
@@ -186,9 +204,9 @@ impl Engine {
         };
         let needed = decoder_memory(compressions, &first);
         check_window(source, needed)?;
-        let Way::Stream { decoder } = way else { return Err(FetchError::Stopped) };
-        if needed > decoder {
-            return Ok(Attempt::Anew(Way::Stream { decoder: needed }));
+        let Way::Stream { decoder, is_nested: was_nested } = way else { return Err(FetchError::Stopped) };
+        if needed > decoder || is_nested != was_nested {
+            return Ok(Attempt::Anew(as_stream(&first)));
         }
         if self.memory.exceeds(way.memory(info)) {
             tracing::info!(path = %info.path, window = needed, "needs more than the memory budget, runs alone");
@@ -268,6 +286,6 @@ async fn head(transfer: &mut Transfer) -> Result<Bytes, super::error::CacheError
 fn decoder_memory([outer, inner]: [Compression; 2], head: &[u8]) -> u64 {
     match (outer, inner) {
         (Compression::None, only) | (only, Compression::None) => window::needed(only, head),
-        (outer, inner) => window::needed(outer, head).max(window::expected(inner)),
+        (outer, inner) => window::needed(outer, head).saturating_add(window::expected(inner)),
     }
 }

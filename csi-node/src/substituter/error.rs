@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix_csi_store::nar::NarError;
 use nix_csi_store::{NarHash, ParseNarInfoError, SignatureError, StorePath};
@@ -30,6 +31,8 @@ pub enum CacheError {
         url: String,
         /// The answer.
         status: reqwest::StatusCode,
+        /// When it wants to be asked again.
+        after: Option<Duration>,
     },
     /// The narinfo is there and what it describes is not: the cache was cleaned up in between.
     #[error("{url} is gone, although its narinfo is there")]

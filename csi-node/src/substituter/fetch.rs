@@ -200,9 +200,14 @@ impl Walk<'_> {
         }
         let mut found = roots.to_vec();
         loop {
-            found.retain(|path| self.seen.insert(path.clone()));
-            for path in self.missing(std::mem::take(&mut found)).await? {
+            let mut new = HashSet::new();
+            found.retain(|path| !self.seen.contains(path) && new.insert(path.clone()));
+            let missing = self.missing(std::mem::take(&mut found)).await?;
+            self.seen.extend(new);
+            for path in missing {
                 if self.fetching.len() + self.arrived.len() + self.registered >= MAX_PATHS {
+                    // Not all of them are on their way, so none counts as valid any more.
+                    self.seen.clear();
                     return Err(FetchError::TooManyPaths { limit: MAX_PATHS });
                 }
                 let flight = self.substituter.flights.join(&self.substituter.engine, &path, self.owner);

@@ -20,9 +20,11 @@ impl Health {
         self.paused_until?.checked_duration_since(now).filter(|left| !left.is_zero())
     }
 
-    /// It answered.
-    pub(super) fn good(&mut self) {
-        *self = Self::default();
+    /// It answered with that status.
+    pub(super) fn answered(&mut self, status: u16) {
+        if status < 500 && status != 429 {
+            *self = Self::default();
+        }
     }
 
     /// It did not, as often as it was asked.
@@ -55,7 +57,9 @@ mod tests {
             assert_eq!(health.pause(now), None);
         }
         assert_eq!(pauses, [5, 10, 20, 40, 60, 60]);
-        health.good();
+        health.answered(503);
+        assert_eq!(health.failures, 6);
+        health.answered(404);
         health.failed(now);
         assert_eq!(health.pause(now).unwrap().as_secs(), 5);
     }

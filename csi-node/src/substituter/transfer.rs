@@ -82,6 +82,8 @@ impl Http {
             match self.response.chunk().await {
                 Ok(chunk) => {
                     self.received += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                    // It gets on, however often it is cut.
+                    self.resumed = 0;
                     return Ok(chunk);
                 }
                 Err(source) => self.resume(CacheError::unreachable(&self.url, source)).await?,
@@ -97,15 +99,20 @@ impl Http {
         }
         self.resumed += 1;
         tracing::debug!(%error, received = self.received, "a transfer was cut, asking for the rest");
-        tokio::time::sleep(retry_after(&error, self.resumed, None)).await;
+        tokio::time::sleep(retry_after(&error, self.resumed)).await;
         let mut headers = HeaderMap::new();
         let range = HeaderValue::from_str(&format!("bytes={}-", self.received));
         headers.insert(header::RANGE, range.unwrap_or(HeaderValue::from_static("bytes=0-")));
         headers.insert(header::IF_RANGE, validator.clone());
         let as_before = self.encoding.map_or("identity", Compression::as_str);
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(as_before));
-        let Some(rest) = self.cache.get(&self.url, &headers).await? else {
-            return Err(CacheError::Gone { url: public(&self.url) });
+        let rest = match self.cache.get_once(&self.url, &headers).await {
+            Ok(Some(rest)) => rest,
+            Ok(None) => return Err(CacheError::Gone { url: public(&self.url) }),
+            // Not even that: the next round asks again, as often as that is worth it.
+            Err(again) if again.is_temporary() => return Ok(()),
+            // What was wrong first is what is wrong: 416 is said behind the last byte.
+            Err(_) => return Err(error),
         };
         // Anything else are other bytes, or all of them again.
         if rest.status() != StatusCode::PARTIAL_CONTENT

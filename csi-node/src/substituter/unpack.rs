@@ -88,6 +88,11 @@ impl Unpack {
         FetchError::Nar { path: self.path(), cache: self.cache(), source }
     }
 
+    fn count(&self, bytes: u64) {
+        self.decoded.fetch_add(bytes, Ordering::Relaxed);
+        self.place.written(bytes);
+    }
+
     fn sink(&self, helper: Option<mpsc::SyncSender<SmallFile>>) -> ContentHash<Restore> {
         let (parent, name) = (self.place.parent(), self.place.name().as_bytes());
         let restore = match helper {
@@ -197,7 +202,7 @@ impl Unpack {
                 // Before anything is written: a bomb ends at the size that was signed.
                 let len = piece.bytes().len() as u64;
                 left = left.checked_sub(len).ok_or_else(|| self.wrong_size())?;
-                self.decoded.fetch_add(len, Ordering::Relaxed);
+                self.count(len);
                 // One of them ended early: its own error says why.
                 Ok(to_hash.send(piece.clone()).is_ok() && to_write.send(piece).is_ok())
             });
@@ -301,7 +306,7 @@ impl<'a> Check<'a> {
         // Before anything is written: a bomb ends at the size that was signed.
         let left = self.left.checked_sub(bytes.len() as u64);
         self.left = left.ok_or_else(|| self.unpack.wrong_size())?;
-        self.unpack.decoded.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.unpack.count(bytes.len() as u64);
         self.hash.update(bytes);
         self.nar.push(bytes, &mut self.sink).map_err(|error| self.unpack.pushed(error))
     }

@@ -31,6 +31,7 @@ pub(super) fn needed(compression: Compression, head: &[u8]) -> u64 {
         Compression::Zstd => zstd_window(head),
         // The dictionary and what stands around it.
         Compression::Xz => xz_dictionary(head).map(|size| size.saturating_add(MIB)),
+        Compression::Brotli => brotli_window(head),
         _ => None,
     };
     read.unwrap_or_else(|| expected(compression))
@@ -56,6 +57,22 @@ fn zstd_window(head: &[u8]) -> Option<u64> {
         _ => u64::from_le_bytes(*content.first_chunk()?),
     };
     Some(size)
+}
+
+/// RFC 7932, 9.1. The marker of the larger windows that came later means up to 1 GiB.
+fn brotli_window(head: &[u8]) -> Option<u64> {
+    let first = *head.first()?;
+    Some(if first & 1 == 0 {
+        1 << 16
+    } else if first & 0x7f == 0x11 {
+        1 << 30
+    } else {
+        match ((first >> 1) & 7, (first >> 4) & 7) {
+            (0, 0) => 1 << 17,
+            (0, bits) => 1 << (8 + bits),
+            (bits, _) => 1 << (17 + bits),
+        }
+    })
 }
 
 /// The .xz format, 3.1 and 5.3.1: the dictionary that the first block's LZMA2 filter names.
@@ -141,6 +158,15 @@ mod tests {
         encoder.write_all(&vec![7; 100_000]).unwrap();
         let bytes = encoder.finish().unwrap();
         assert_eq!(needed(Compression::Xz, &bytes[..HEAD]), dictionary + MIB);
+    }
+
+    #[rstest]
+    #[case::small(0x00, 1 << 16)]
+    #[case::largest(0x0f, 1 << 24)]
+    #[case::usual(0x0b, 1 << 22)]
+    #[case::beyond_the_standard(0x11, 1 << 30)]
+    fn brotli_says_its_window(#[case] first: u8, #[case] window: u64) {
+        assert_eq!(needed(Compression::Brotli, &[first]), window);
     }
 
     proptest! {
