@@ -234,6 +234,9 @@ async fn recover(store: &Arc<NodeStore>) -> anyhow::Result<()> {
 }
 
 async fn verify(root: &Path, config: &Config, repair: bool) -> anyhow::Result<()> {
+    // Opening one makes what is missing, which is not what this is for.
+    let schema = root.join("nix/var/nix/db/schema");
+    anyhow::ensure!(schema.exists(), "there is no store in {}", root.display());
     let _lock = if repair { Some(RootLock::acquire(root, "nix-csi-node verify --repair")?) } else { None };
     raise_file_limit();
     let store = Arc::new(NodeStore::open(root)?);

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
+use nix_csi_e2e::tree::{self, describe};
 use nix_csi_e2e::{Fault, FaultProxy, Fixtures, StaticServer, nix};
 use nix_csi_node::config::Config;
 use nix_csi_node::start_substituter;
@@ -82,50 +82,13 @@ impl Setup {
 
     /// Nothing half done anywhere. What was broken off is deleted beside, and may take a moment.
     fn assert_clean(&self) -> Result<()> {
-        let left = || -> Result<Vec<_>> {
-            let dirs = ["staging", "trash", "nix/var/nix/temproots"].map(|dir| self.root.path().join(dir));
-            let read = |dir| Ok(fs::read_dir(dir)?.map(|entry| entry.map(|entry| entry.path())));
-            let found: Result<Vec<_>> = dirs.into_iter().map(read).collect();
-            Ok(found?.into_iter().flatten().collect::<Result<_, _>>()?)
-        };
-        for _ in 0..100 {
-            if left()?.is_empty() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        ensure!(left()?.is_empty(), "left: {:?}", left()?);
+        tree::wait_until_clean(self.root.path())?;
         let valid = self.nix(&["nix", "path-info", "--all"])?;
         let mut valid: Vec<_> = valid.lines().filter_map(|line| line.strip_prefix("/nix/store/")).collect();
         valid.sort_unstable();
         assert_eq!(self.in_store_dir()?, valid, "files and database disagree");
         Ok(())
     }
-}
-
-/// Every entry below `root`: mode, time, size or target, by its path.
-fn describe(root: &Path) -> Result<BTreeMap<String, String>> {
-    let mut found = BTreeMap::new();
-    let mut open = vec![root.to_owned()];
-    while let Some(path) = open.pop() {
-        let meta = fs::symlink_metadata(&path)?;
-        let what = if meta.is_symlink() {
-            format!("-> {}", fs::read_link(&path)?.display())
-        } else if meta.is_dir() {
-            for entry in fs::read_dir(&path)? {
-                open.push(entry?.path());
-            }
-            format!("{:o}", meta.mode())
-        } else {
-            format!("{:o} {} bytes", meta.mode(), meta.len())
-        };
-        let owner = format!("{}:{}", meta.uid(), meta.gid());
-        found.insert(
-            path.strip_prefix(root)?.display().to_string(),
-            format!("{what} {owner} {}", meta.mtime()),
-        );
-    }
-    Ok(found)
 }
 
 #[rstest]

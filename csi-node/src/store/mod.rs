@@ -135,7 +135,9 @@ impl NodeStore {
             move_all(&fresh)?;
         } else {
             std::thread::scope(|scope| {
-                let other = scope.spawn(|| move_all(others));
+                let Ok(other) = std::thread::Builder::new().spawn_scoped(scope, || move_all(others)) else {
+                    return move_all(&fresh);
+                };
                 let moved = move_all(ours);
                 moved.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             })?;

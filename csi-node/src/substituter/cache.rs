@@ -73,7 +73,6 @@ impl BinaryCache {
         connections: usize,
         attempts: u32,
     ) -> Self {
-        let name = public(&base).into();
         let place = match base.to_file_path() {
             Ok(directory) if base.scheme() == "file" => Place::Directory(directory),
             _ => {
@@ -81,9 +80,10 @@ impl BinaryCache {
                 if !base.path().ends_with('/') {
                     base.set_path(&format!("{}/", base.path()));
                 }
-                Place::Http { base, client, logins }
+                Place::Http { base: base.clone(), client, logins }
             }
         };
+        let name = public(&base).into();
         Self(Arc::new(Cache {
             name,
             place,

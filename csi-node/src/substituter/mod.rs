@@ -3,10 +3,10 @@
 //! ```text
 //! roots ─▶ narinfo ─▶ signature ─▶ references ─▶ narinfo …          (many at a time, breadth first)
 //!                        └──▶ NAR ─▶ decode ─▶ hash ─▶ restore ─▶ staging
-//!                                                                  └─ all of it ─▶ store, one transaction
+//!                                                    what is closed under references ─▶ store, one transaction
 //! ```
-//! **Invariant:** what has no trusted signature is not downloaded; what has another hash or size than was
-//! signed never gets out of staging.
+//! **Invariant:** what neither has a trusted signature nor can prove itself by its content is not downloaded (unless
+//! `require-sigs = false`); what has another hash or size than its narinfo says never gets out of staging.
 
 mod budget;
 mod cache;

@@ -180,23 +180,28 @@ impl Unpack {
         thread::scope(|scope| {
             let (to_hash, hashed) = mpsc::sync_channel::<Piece>(AHEAD);
             let (to_write, written) = mpsc::sync_channel::<Piece>(AHEAD);
-            let hashing = scope.spawn(move || {
+            // Where no more threads are to be had, it is an error of this path and not the end of the process.
+            let no_thread = |error| self.disk(error);
+            let hash = move || {
                 let mut hash = Context::new(&SHA256);
                 for piece in hashed {
                     hash.update(piece.bytes());
                 }
                 digest(hash)
-            });
+            };
+            let hashing = thread::Builder::new().spawn_scoped(scope, hash).map_err(no_thread)?;
             let (to_help, files) = mpsc::sync_channel::<SmallFile>(SMALL_FILES);
-            let helping = scope.spawn(move || files.into_iter().for_each(SmallFile::write));
-            let writing = scope.spawn(move || {
+            let help = move || files.into_iter().for_each(SmallFile::write);
+            let helping = thread::Builder::new().spawn_scoped(scope, help).map_err(no_thread)?;
+            let write = move || {
                 let (mut nar, mut sink) = (NarReader::new(), self.sink(Some(to_help)));
                 for piece in written {
                     nar.push(piece.bytes(), &mut sink).map_err(|error| self.pushed(error))?;
                 }
                 sink.inner().let_helper_go();
                 Ok::<_, FetchError>((nar, sink))
-            });
+            };
+            let writing = thread::Builder::new().spawn_scoped(scope, write).map_err(no_thread)?;
             let mut left = self.info.nar_size;
             let decoded = self.pieces(input, |piece| {
                 // Before anything is written: a bomb ends at the size that was signed.

@@ -46,7 +46,8 @@ pub(super) fn link_paths(from: &Path, to: &Path, paths: &[StorePath]) -> Result<
     let changed = Condvar::new();
     std::thread::scope(|scope| {
         for _ in 1..THREADS {
-            scope.spawn(|| work(&queue, &changed));
+            // Without another thread this one does it all.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || work(&queue, &changed));
         }
         work(&queue, &changed);
     });
