@@ -32,6 +32,7 @@ setup-build:
 .PHONY: unit
 unit: setup-build ## Unit, in-process and property tests
 	cargo test --locked
+	cargo test --locked -p nix-csi-bench
 
 .PHONY: fuzz
 fuzz: setup-build ## The parsers of what comes from outside, fed for a bounded time (SECONDS_EACH=15)

@@ -60,7 +60,7 @@ enum Command {
     },
     /// Hash every path of the store, and say which ones are not what the database says.
     ///
-    /// Alone it only reads, beside a running driver too.
+    /// Alone it changes no path, and may run beside a driver.
     Verify {
         /// Fetch what is damaged again. Refuses while a driver runs.
         #[arg(long)]

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix_csi_store::{NarHash, StorePath};
+use nix_csi_store::{NarHash, NarInfo, StorePath};
 use serde::{Deserialize, Serialize};
 
 use super::boot_id;
@@ -117,7 +117,7 @@ impl Staging {
     }
 
     /// The path that `info` describes, if an earlier process has restored and verified it.
-    pub fn adopt(&self, info: &PathInfo) -> Option<Staged> {
+    pub fn adopt(&self, info: &NarInfo) -> Option<Staged> {
         let mut leftovers = self.0.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
         let found = leftovers.get(&info.path)?;
         if found.nar_hash != info.nar_hash {
@@ -125,7 +125,7 @@ impl Staging {
         }
         let Leftover { at, is_dir, .. } = leftovers.remove(&info.path)?;
         tracing::info!(path = %info.path, "restored by an earlier process, not fetched again");
-        Some(self.staged(info.clone(), at, is_dir, true))
+        Some(self.staged(info.clone().into(), at, is_dir, true))
     }
 
     fn staged(&self, info: PathInfo, at: PathBuf, is_dir: bool, is_recorded: bool) -> Staged {

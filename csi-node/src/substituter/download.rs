@@ -88,7 +88,7 @@ impl Engine {
         loop {
             // What proves itself by its content is looked at again in any case.
             if !matches!(source.proof, Proof::Content(_))
-                && let Some(staged) = self.store.staging().adopt(&PathInfo::from((*source.info).clone()))
+                && let Some(staged) = self.store.staging().adopt(&source.info)
             {
                 return Ok(staged);
             }
