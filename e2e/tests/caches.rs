@@ -821,13 +821,16 @@ async fn a_cache_that_is_down_is_left_alone_for_a_while(#[case] broken: Rule) ->
     down.rule(broken);
     let setup = Setup::new([&down, &good])?;
     setup.gets("jq").await?;
-    let asked = down.requests("").len();
+    let (start, asked) = (Instant::now(), down.requests("").len());
     setup.gets("redis").await?;
-    assert_eq!(down.requests("").len(), asked, "it was asked while it was to be left alone");
+    // Pauses of at least 5 s: what is new is what was asked when one of them was over.
+    let (paused, new) = (start.elapsed().as_secs() / 5, down.requests("").len() - asked);
+    assert!(new == 0 || paused > 0, "{new} questions while it was to be left alone");
 
     let alone = Setup::new([&down])?;
+    let start = Instant::now();
     alone.fails("jq", &[&down.url()]).await?;
-    let (start, asked) = (Instant::now(), down.requests("").len());
+    let asked = down.requests("").len();
     let error = alone.fails("jq", &[&down.url(), "is asked again in"]).await?;
     assert!(
         matches!(error.root(), FetchError::Lookup { source: CacheError::Paused { .. }, .. }),
@@ -839,14 +842,17 @@ async fn a_cache_that_is_down_is_left_alone_for_a_while(#[case] broken: Rule) ->
     while let Err(error) = alone.fetch("jq").await {
         assert!(chain(&error).contains("is asked again in"), "{error:?}");
         assert_eq!(down.requests("").len(), asked);
-        assert!(start.elapsed() < Duration::from_secs(7), "a pause of 5 s is over");
+        assert!(start.elapsed() < Duration::from_secs(30), "a pause of 5 s is over");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    assert!(start.elapsed() > Duration::from_secs(3), "there was a pause of 5 s");
+    assert!(start.elapsed() >= Duration::from_secs(5), "there was a pause of 5 s");
     alone.gets("jq").await?;
     alone.judge()?;
 
-    // Its priority number is lower, so now it is asked first.
+    // Its priority number is lower, so now it is asked first. A second pause in a row is of 10 s.
+    if new > 0 {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+    }
     let asked = down.requests(".nar.xz").len();
     setup.gets("nginx").await?;
     assert!(down.requests(".nar.xz").len() > asked);

@@ -111,12 +111,17 @@ impl BinaryCache {
         let mut known = self.0.info.lock().await;
         let is_old = |known: &Known| known.until.is_some_and(|until| until < Instant::now());
         if known.as_ref().is_none_or(is_old) {
+            let start = Instant::now();
             let asked = self.small(owner, "nix-cache-info", info::MAX_LEN);
             let (said, until) = match tokio::time::timeout(ANSWERED, asked).await {
                 Ok(Ok(Some(text))) => (CacheInfo::parse(&String::from_utf8_lossy(&text)), None),
                 Ok(Ok(None)) => (Ok(CacheInfo::default()), None),
                 Ok(Err(error)) => {
                     tracing::debug!(%error, cache = %self.name(), "does not say what it is");
+                    (Ok(CacheInfo::default()), Some(Instant::now() + ASKED_AGAIN))
+                }
+                // It does answer, and is asked again later only because it is not well.
+                Err(_) if self.has_answered_since(start) => {
                     (Ok(CacheInfo::default()), Some(Instant::now() + ASKED_AGAIN))
                 }
                 // Whoever hangs is not waited for again soon: other caches may have everything.
@@ -187,6 +192,10 @@ impl BinaryCache {
     /// How much longer the cache is left alone, because it failed.
     pub(super) fn pause(&self) -> Option<Duration> {
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).pause(Instant::now())
+    }
+
+    fn has_answered_since(&self, then: Instant) -> bool {
+        self.0.health.lock().unwrap_or_else(PoisonError::into_inner).has_answered_since(then)
     }
 
     /// Leaves the cache alone for a while, if `error` came after all attempts and says that it is the cache's.
@@ -303,7 +312,7 @@ impl BinaryCache {
         }
         let response = request.send().await.map_err(|source| CacheError::unreachable(url, source))?;
         let mut health = self.0.health.lock().unwrap_or_else(PoisonError::into_inner);
-        health.answered(response.status().as_u16());
+        health.answered(response.status().as_u16(), Instant::now());
         drop(health);
         let url = || public(url);
         match response.status() {

@@ -12,6 +12,8 @@ pub(super) struct Health {
     /// Failures in a row, each after all attempts at it.
     failures: u32,
     paused_until: Option<Instant>,
+    /// When it last answered anything at all.
+    answered: Option<Instant>,
 }
 
 impl Health {
@@ -21,10 +23,16 @@ impl Health {
     }
 
     /// It answered with that status.
-    pub(super) fn answered(&mut self, status: u16) {
+    pub(super) fn answered(&mut self, status: u16, now: Instant) {
         if status < 500 && status != 429 {
             *self = Self::default();
         }
+        self.answered = Some(now);
+    }
+
+    /// Whether there was any answer since `then`: what is ill is not what hangs.
+    pub(super) fn has_answered_since(&self, then: Instant) -> bool {
+        self.answered.is_some_and(|answered| answered >= then)
     }
 
     /// It did not, as often as it was asked.
@@ -57,9 +65,10 @@ mod tests {
             assert_eq!(health.pause(now), None);
         }
         assert_eq!(pauses, [5, 10, 20, 40, 60, 60]);
-        health.answered(503);
+        health.answered(503, now);
         assert_eq!(health.failures, 6);
-        health.answered(404);
+        assert!(health.has_answered_since(now) && !health.has_answered_since(now + FIRST_PAUSE));
+        health.answered(404, now);
         health.failed(now);
         assert_eq!(health.pause(now).unwrap().as_secs(), 5);
     }
