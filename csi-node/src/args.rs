@@ -200,7 +200,7 @@ async fn fetch(
     if let Ok(closure) = &fetched {
         progress::tell(&Event::Valid {
             paths: closure.paths.len(),
-            fetched: closure.fetched,
+            fetched: closure.fetched.len(),
             register_seconds: closure.registering.as_secs_f64(),
             ran_alone: substituter.ran_alone(),
             seconds: start.elapsed().as_secs_f64(),

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::ops::Operations;
 use crate::store::{NodeStore, RegisterError};
 use crate::substituter::{self, BinaryCache, Fetches, Substituter, Trust};
+use crate::tenancy::Tenants;
 use crate::volume::Volumes;
 
 /// What a driver must be told about its node.
@@ -38,6 +39,7 @@ pub struct Driver {
     pub(crate) store: Arc<NodeStore>,
     pub(crate) fetches: Fetches,
     pub(crate) volumes: Volumes,
+    pub(crate) tenants: Tenants,
     pub(crate) ops: Operations,
     /// One view is built at a time: both cores are in it, and a second call for it finds it done.
     pub(crate) building: Arc<tokio::sync::Mutex<()>>,
@@ -51,6 +53,7 @@ impl Driver {
             volumes: Volumes::new(&store),
             store,
             fetches: Fetches::new(substituter),
+            tenants: Tenants::default(),
             ops: Operations::default(),
             building: Arc::default(),
         }

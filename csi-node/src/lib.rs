@@ -20,6 +20,7 @@ mod restore;
 mod server;
 pub mod store;
 pub mod substituter;
+mod tenancy;
 mod verify;
 pub mod view;
 pub mod volume;

@@ -1,7 +1,7 @@
 //! The story of a volume: publish and unpublish, from top to bottom.
 //!
 //! ```text
-//! request ─▶ published already? ─▶ closure valid, or fetched ─▶ view, or built ─▶ record ─▶ mount
+//! request ─▶ published already? ─▶ closure valid, or fetched ─▶ authorized ─▶ view, or built ─▶ record ─▶ mount
 //! ```
 //! Both may be called again at any time, also after they were killed half way.
 
@@ -16,7 +16,8 @@ use crate::ops::Busy;
 use crate::path_error::PathError;
 use crate::request::{PublishRequest, RequestError, UnpublishRequest};
 use crate::store::{DatabaseError, RegisterError};
-use crate::substituter::{CacheError, Closure, FetchError, Progress, Waited};
+use crate::substituter::{CacheError, Closure, Credentials, FetchError, Progress, Waited};
+use crate::tenancy::authorize;
 use crate::view::{self, ViewError, ViewSpec};
 use crate::volume::{Mode, Record, VolumeError};
 
@@ -32,6 +33,14 @@ pub enum PublishError {
     /// The fetch goes on; the next call finds it further on.
     #[error("fetching the closure: {0}; this continues")]
     Fetching(Progress),
+    /// The caches are asked whether this namespace may have what is private to others; the next call asks on.
+    #[error(
+        "the closure is here; asking the caches whether namespace {namespace} may have all of it; this continues"
+    )]
+    Authorizing {
+        /// The namespace.
+        namespace: String,
+    },
     /// The view is being built; the next call finds it.
     #[error("the closure is here, its view is being built; this continues")]
     Building,
@@ -81,7 +90,7 @@ impl PublishError {
     /// What kubelet is told. No `_` arm: each new error chooses whether kubelet may forget the volume.
     pub fn code(&self) -> Code {
         match self {
-            Self::Busy(_) | Self::Fetching(_) | Self::Building => Code::Aborted,
+            Self::Busy(_) | Self::Fetching(_) | Self::Authorizing { .. } | Self::Building => Code::Aborted,
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
             Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
@@ -100,6 +109,7 @@ fn fetch_code(error: &FetchError) -> Code {
         FetchError::NotFound { .. } => Code::NotFound,
         FetchError::Untrusted { .. }
         | FetchError::Window { .. }
+        | FetchError::OtherContent { .. }
         | FetchError::TooManyPaths { .. }
         | FetchError::TooManyBytes { .. } => Code::FailedPrecondition,
         FetchError::NoSpace { .. } => Code::ResourceExhausted,
@@ -137,6 +147,7 @@ fn fetch_code(error: &FetchError) -> Code {
             | DatabaseError::Row(_)
             | DatabaseError::DanglingReference { .. } => Code::Internal,
         },
+        FetchError::Provenance(_) | FetchError::Register(RegisterError::Provenance(_)) => Code::Internal,
         FetchError::Stopped | FetchError::Shared(_) => Code::Unavailable,
     }
 }
@@ -165,9 +176,11 @@ impl Driver {
         if self.is_published(&record)? {
             return Ok(());
         }
-        let view = match view::find(&self.store, &spec.id()) {
+        // Two look-ups, whatever the view has in it.
+        let known = self.tenants.may_see(&record.pod.namespace, &spec.id());
+        let view = match view::find(&self.store, &spec.id()).filter(|_| known) {
             Some(view) => view,
-            None => self.make_view(spec).await?,
+            None => self.make_view(spec, &record.pod.namespace, request.credentials.as_ref()).await?,
         };
         // From here to its end even if the caller goes away: a mount is never left half done.
         let this = self.clone();
@@ -220,25 +233,45 @@ impl Driver {
         Ok(mounted)
     }
 
-    /// Fetches what is missing and builds the view, as far as one call's time goes.
-    async fn make_view(&self, spec: ViewSpec) -> Result<PathBuf, PublishError> {
+    /// Fetches what is missing, asks whether the pod may see it, and builds the view unless it is there: as far as one
+    /// call's time goes.
+    async fn make_view(
+        &self,
+        spec: ViewSpec,
+        namespace: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<PathBuf, PublishError> {
+        let id = spec.id();
         let deadline = tokio::time::Instant::now() + self.options.patience;
         let patience = tokio::time::sleep_until(deadline);
-        let closure = match self.fetches.wait(&spec.packages, patience).await? {
+        let closure = match self.fetches.wait(credentials, &spec.packages, patience).await? {
             Waited::Done(closure) => closure,
             Waited::Running(progress) => return Err(PublishError::Fetching(progress)),
         };
+        let substituter = self.fetches.substituter(credentials);
+        let authorized = authorize(&self.store, &substituter, namespace, &spec.packages, &closure);
+        match tokio::time::timeout_at(deadline, authorized).await {
+            Ok(authorized) => authorized?,
+            Err(_) => return Err(PublishError::Authorizing { namespace: namespace.to_owned() }),
+        }
         // Goes on when the call ends: the next one finds the view.
         let this = self.clone();
         let building = tokio::spawn(async move { this.build_view(spec, closure).await });
         match tokio::time::timeout_at(deadline, building).await {
-            Ok(built) => built.map_err(|_| PublishError::Stopping)?,
+            Ok(built) => {
+                let view = built.map_err(|_| PublishError::Stopping)??;
+                self.tenants.allow(namespace, &id);
+                Ok(view)
+            }
             Err(_) => Err(PublishError::Building),
         }
     }
 
     async fn build_view(&self, spec: ViewSpec, closure: Arc<Closure>) -> Result<PathBuf, PublishError> {
         let building = self.building.clone().lock_owned().await;
+        if view::find(&self.store, &spec.id()).is_none() {
+            self.tenants.forget(&spec.id());
+        }
         let store = Arc::clone(&self.store);
         let built = blocking(move || {
             let view = view::build(&store, &spec, &closure.paths);

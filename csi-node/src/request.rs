@@ -8,6 +8,7 @@ use nix_csi_proto::volume::{
     EPHEMERAL, POD_NAME, POD_NAMESPACE, POD_UID, ParseAttributesError, VolumeAttributes,
 };
 
+use crate::substituter::{Credentials, ParseCredentialsError};
 use crate::volume::{Mode, ParseVolumeIdError, Pod, VolumeId};
 
 /// Why a request cannot be served, now or later.
@@ -36,6 +37,9 @@ pub enum RequestError {
     /// A persistent volume.
     #[error("this driver serves inline volumes of pods only; write `csi:` into the pod's `volumes`")]
     NotEphemeral,
+    /// A secret that says nothing.
+    #[error(transparent)]
+    Credentials(#[from] ParseCredentialsError),
     /// Attributes that cannot be served.
     #[error(transparent)]
     Attributes(#[from] ParseAttributesError),
@@ -54,6 +58,8 @@ pub struct PublishRequest {
     pub attributes: VolumeAttributes,
     /// For whom.
     pub pod: Pod,
+    /// What the pod's author may fetch beside what everybody may.
+    pub credentials: Option<Credentials>,
 }
 
 /// A checked NodeUnpublishVolumeRequest.
@@ -86,6 +92,8 @@ impl PublishRequest {
         // Kubelet writes these over whatever the pod's author wrote, as long as podInfoOnMount is true.
         let pod = |key| context(key).map(str::to_owned).ok_or(RequestError::Missing(key));
         let pod = Pod { namespace: pod(POD_NAMESPACE)?, name: pod(POD_NAME)?, uid: pod(POD_UID)? };
+        let secret = |key: &str| request.secrets.get(key).map(String::as_str);
+        let credentials = (!request.secrets.is_empty()).then(|| Credentials::parse(secret)).transpose()?;
         let attributes = request.volume_context.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         Ok(Self {
             volume,
@@ -93,6 +101,7 @@ impl PublishRequest {
             mode: if request.readonly { Mode::ReadOnly } else { Mode::ReadWrite },
             attributes: VolumeAttributes::parse(attributes, system)?,
             pod,
+            credentials,
         })
     }
 }

@@ -168,6 +168,33 @@ impl Database {
         Ok(valid)
     }
 
+    /// The NAR hashes of those of `paths` that are valid.
+    pub(super) fn hashes(&self, paths: &[StorePath]) -> Result<HashMap<StorePath, NarHash>, DatabaseError> {
+        let connection = locked(&self.reader);
+        let mut query = connection.prepare_cached("select hash from ValidPaths where path = ?")?;
+        let mut hashes = HashMap::new();
+        for path in paths {
+            let found: Option<String> = query.query_row([path.to_string()], |row| row.get(0)).optional()?;
+            if let Some(hash) = found {
+                hashes.insert(path.clone(), hash.parse().map_err(|_| DatabaseError::Row(hash))?);
+            }
+        }
+        Ok(hashes)
+    }
+
+    /// All that one of `paths` refers to.
+    pub(super) fn references(&self, paths: &[StorePath]) -> Result<HashSet<StorePath>, DatabaseError> {
+        let connection = locked(&self.reader);
+        let mut query = connection.prepare_cached(
+            "select distinct referred.path from Refs
+             join ValidPaths as referring on referrer = referring.id
+             join ValidPaths as referred on reference = referred.id
+             where referring.path in (select value from json_each(?))",
+        )?;
+        let rows = query.query_map([json(paths)], |row| row.get::<_, String>(0))?;
+        rows.map(|path| store_path(&path?)).collect()
+    }
+
     pub(super) fn closure(&self, roots: &[StorePath]) -> Result<Vec<StorePath>, DatabaseError> {
         let connection = locked(&self.reader);
         let mut query = connection.prepare_cached(

@@ -9,6 +9,7 @@ use nix_csi_store::StorePath;
 use rustix::fs::FlockOperation;
 
 use super::db::DatabaseError;
+use super::provenance::ProvenanceError;
 use crate::path_error::PathError;
 
 /// The layout that this program writes. Larger numbers come from newer programs.
@@ -59,6 +60,9 @@ pub enum OpenError {
     /// The database cannot be opened.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// Nor the one that says where paths came from.
+    #[error(transparent)]
+    Provenance(#[from] ProvenanceError),
 }
 
 /// The paths under a root. Only names: apart from `Layout::open` nothing here touches the disk.
@@ -155,6 +159,10 @@ impl Layout {
     /// Volumes, by their id.
     pub fn volumes(&self) -> PathBuf {
         self.root.join("volumes")
+    }
+
+    pub(super) fn provenance(&self) -> PathBuf {
+        self.root.join("provenance.sqlite")
     }
 
     pub(super) fn state_dir(&self) -> PathBuf {

@@ -4,6 +4,7 @@
 //! <root>/format                     integer, see [`layout`]
 //! <root>/lock                       held by the one process that writes
 //! <root>/durable                    what a power cut cannot take any more, see [`durable`]
+//! <root>/provenance.sqlite          where paths came from, see [`provenance`]
 //! <root>/nix/store/<hash>-<name>    sealed: 0444 or 0555, mtime 1
 //! <root>/nix/var/nix/db/db.sqlite   what is valid: Nix's schema, Nix's locks
 //! <root>/nix/var/nix/gcroots/nix-csi/<view>/<n>
@@ -17,11 +18,12 @@ mod db;
 mod durable;
 mod layout;
 mod locks;
+mod provenance;
 mod roots;
 mod staging;
 mod trash;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -32,12 +34,14 @@ use rustix::fs::CWD;
 
 pub use db::{DatabaseError, PathInfo};
 pub use layout::{Layout, OpenError, RootLock};
+pub use provenance::{Origin, ProvenanceError};
 pub use roots::TempRoots;
 pub use staging::{NoSpace, Place, Staged, Staging};
 
 use crate::path_error::PathError;
 use db::Database;
 use durable::{Durable, Known};
+use provenance::Provenance;
 use trash::Trash;
 
 /// Why restored paths could not be made part of the store.
@@ -49,6 +53,9 @@ pub enum RegisterError {
     /// The database would not take it.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// Nor could be written down where they came from.
+    #[error(transparent)]
+    Provenance(#[from] ProvenanceError),
 }
 
 /// From this many paths on, a second thread moves half of them.
@@ -58,6 +65,7 @@ const MANY: usize = 16;
 pub struct NodeStore {
     layout: Layout,
     db: Database,
+    provenance: Provenance,
     trash: Trash,
     staging: Staging,
     durable: Durable,
@@ -69,11 +77,12 @@ impl NodeStore {
     pub fn open(root: &Path) -> Result<Self, OpenError> {
         let layout = Layout::open(root)?;
         let db = Database::open(&layout)?;
+        let provenance = Provenance::open(&layout.provenance())?;
         let trash = Trash::new(layout.trash());
         let staging = Staging::open(layout.staging(), trash.clone())
             .map_err(PathError::on("open", &layout.staging()))?;
         let (durable, known) = Durable::open(layout.root()).map_err(PathError::on("open", layout.root()))?;
-        Ok(Self { layout, db, trash, staging, durable, known })
+        Ok(Self { layout, db, provenance, trash, staging, durable, known })
     }
 
     /// Where things are.
@@ -126,8 +135,14 @@ impl NodeStore {
         let paths: Vec<_> = staged.iter().map(|staged| staged.info.path.clone()).collect();
         let locks = locks::PathLocks::acquire(&self.layout, &paths)
             .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
-        let valid = self.db.valid(&paths)?;
-        let fresh: Vec<_> = staged.iter().filter(|staged| !valid.contains(&staged.info.path)).collect();
+        let valid = self.db.hashes(&paths)?;
+        let (there, fresh): (Vec<_>, Vec<_>) =
+            staged.iter().partition(|staged| valid.contains_key(&staged.info.path));
+        let same = there.iter().filter(|staged| valid.get(&staged.info.path) == Some(&staged.info.nar_hash));
+        self.make_public(same.map(|staged| (&staged.info.path, &staged.origin)))?;
+        // Before they are valid: nobody may see them meanwhile.
+        let origins: Vec<_> = fresh.iter().map(|staged| (&staged.info.path, &staged.origin)).collect();
+        self.provenance.record(&origins)?;
         // Two threads are as many as one directory has use for.
         let (ours, others) = fresh.split_at(fresh.len() / 2);
         let move_all = |part: &[&Arc<Staged>]| part.iter().try_for_each(|staged| self.move_in(staged));
@@ -194,6 +209,40 @@ impl NodeStore {
             seal_top(&target).map_err(PathError::on("seal", &target))?;
         }
         Ok(())
+    }
+
+    /// Those of `paths` that a pod of `namespace` may not see (yet): they came with somebody's own credentials.
+    pub fn denied(&self, namespace: &str, paths: &[StorePath]) -> Result<Vec<StorePath>, ProvenanceError> {
+        self.provenance.denied(namespace, paths)
+    }
+
+    /// From now on pods of `namespace` may see `paths`.
+    pub fn grant(&self, namespace: &str, paths: &[StorePath]) -> Result<(), ProvenanceError> {
+        if paths.is_empty() { Ok(()) } else { self.provenance.grant(namespace, paths) }
+    }
+
+    /// What of `paths` came from a cache that gives it to everybody is not private any more.
+    pub fn make_public<'a>(
+        &self,
+        paths: impl Iterator<Item = (&'a StorePath, &'a Origin)>,
+    ) -> Result<(), ProvenanceError> {
+        let public: Vec<_> = paths.filter(|(_, origin)| !origin.private).collect();
+        if public.is_empty() { Ok(()) } else { self.provenance.make_public(&public) }
+    }
+
+    /// Where `path` came from, if it was fetched.
+    pub fn origin(&self, path: &StorePath) -> Result<Option<Origin>, ProvenanceError> {
+        self.provenance.of(path)
+    }
+
+    /// The NAR hashes of those of `paths` that are valid.
+    pub fn hashes(&self, paths: &[StorePath]) -> Result<HashMap<StorePath, NarHash>, DatabaseError> {
+        self.db.hashes(paths)
+    }
+
+    /// All that one of `paths` refers to.
+    pub fn references(&self, paths: &[StorePath]) -> Result<HashSet<StorePath>, DatabaseError> {
+        self.db.references(paths)
     }
 
     /// Waits until all that is registered now is on the disk, and remembers that it is.
@@ -309,7 +358,10 @@ impl NodeStore {
     pub fn forget(&self, paths: &[StorePath]) -> Result<(), RegisterError> {
         let _locks = locks::PathLocks::acquire(&self.layout, paths)
             .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
-        for path in self.db.invalidate(paths)? {
+        let forgotten = self.db.invalidate(paths)?;
+        // Later, so that none of them is valid and looks like everybody's.
+        self.provenance.forget(&forgotten)?;
+        for path in forgotten {
             let at = self.layout.physical(&path);
             match self.discard(&at) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

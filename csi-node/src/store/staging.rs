@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::boot_id;
 use super::db::PathInfo;
+use super::provenance::Origin;
 use super::trash::Trash;
 
 /// What is left free beside what was reserved: the database and the views need some.
@@ -77,6 +78,8 @@ pub struct Place {
 pub struct Staged {
     /// What will be registered.
     pub info: PathInfo,
+    /// Where it came from.
+    pub origin: Origin,
     pub(super) at: PathBuf,
     /// Whether it is a directory: then it is still writable to its owner, so that it can be moved.
     pub(super) is_dir: bool,
@@ -116,8 +119,9 @@ impl Staging {
         Ok(Ok(place))
     }
 
-    /// The path that `info` describes, if an earlier process has restored and verified it.
-    pub fn adopt(&self, info: &NarInfo) -> Option<Staged> {
+    /// The path that `info` describes, if an earlier process has restored and verified it. `origin` is who gives it
+    /// now: whoever asked the earlier process for it does not matter.
+    pub fn adopt(&self, info: &NarInfo, origin: impl FnOnce() -> Origin) -> Option<Staged> {
         let mut leftovers = self.0.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
         let found = leftovers.get(&info.path)?;
         if found.nar_hash != info.nar_hash {
@@ -125,12 +129,13 @@ impl Staging {
         }
         let Leftover { at, is_dir, .. } = leftovers.remove(&info.path)?;
         tracing::info!(path = %info.path, "restored by an earlier process, not fetched again");
-        Some(self.staged(info.clone().into(), at, is_dir, true))
+        Some(self.staged(info.clone().into(), origin(), at, is_dir, true))
     }
 
-    fn staged(&self, info: PathInfo, at: PathBuf, is_dir: bool, is_recorded: bool) -> Staged {
+    fn staged(&self, info: PathInfo, origin: Origin, at: PathBuf, is_dir: bool, is_recorded: bool) -> Staged {
         Staged {
             info,
+            origin,
             at,
             is_dir,
             is_moved: AtomicBool::new(false),
@@ -197,9 +202,9 @@ impl Place {
     }
 
     /// Says that the path is complete and is what `info` says.
-    pub fn verified(&self, info: PathInfo, is_dir: bool) -> Staged {
+    pub fn verified(&self, info: PathInfo, origin: Origin, is_dir: bool) -> Staged {
         self.is_kept.store(true, Ordering::Release);
-        self.staging.staged(info, self.staging.0.dir.join(&self.name), is_dir, false)
+        self.staging.staged(info, origin, self.staging.0.dir.join(&self.name), is_dir, false)
     }
 }
 

@@ -95,6 +95,23 @@ impl BinaryCache {
         }))
     }
 
+    /// The same cache as whoever has `logins` sees it, or `None` if they say nothing to it. Both share their
+    /// connections, and nothing that the cache answers.
+    pub(super) fn seen_with(&self, logins: &Arc<Logins>) -> Option<Self> {
+        let Place::Http { base, client, .. } = &self.0.place else { return None };
+        logins.header(base)?;
+        let (base, client, logins) = (base.clone(), client.clone(), Arc::clone(logins));
+        Some(Self(Arc::new(Cache {
+            name: Arc::clone(&self.0.name),
+            place: Place::Http { base, client, logins },
+            attempts: self.0.attempts,
+            connections: self.0.connections.clone(),
+            info: tokio::sync::Mutex::default(),
+            health: Mutex::default(),
+            missing: Mutex::default(),
+        })))
+    }
+
     /// How the cache is called in messages: its address, without what may be secret in it.
     pub fn name(&self) -> &Arc<str> {
         &self.0.name

@@ -13,7 +13,7 @@ use super::error::FetchError;
 use super::fair::Owner;
 use super::fetch::Engine;
 use super::flight::Shown;
-use super::lookup::{Proof, Source, look_up};
+use super::lookup::{Caches, Proof, Source, look_up};
 use super::pool::RestorePool;
 use super::transfer::Transfer;
 use super::unpack::{Chunks, Unpack, Unpacked, largest_body};
@@ -79,6 +79,7 @@ impl Engine {
     /// Restores what `source` has: from its cache, again if the transfer was cut, then from others.
     pub(super) async fn obtain(
         &self,
+        caches: &Caches,
         mut source: Source,
         owner: Owner,
         shown: &Shown,
@@ -88,7 +89,7 @@ impl Engine {
         loop {
             // What proves itself by its content is looked at again in any case.
             if !matches!(source.proof, Proof::Content(_))
-                && let Some(staged) = self.store.staging().adopt(&source.info)
+                && let Some(staged) = self.store.staging().adopt(&source.info, || source.origin())
             {
                 return Ok(staged);
             }
@@ -115,7 +116,7 @@ impl Engine {
                 source.cache.failed(cause);
             }
             failed.push(source.number);
-            let next = look_up(&self.caches, &self.trust, owner, &source.info.path, &failed).await;
+            let next = look_up(caches, &self.trust, owner, &source.info.path, &failed).await;
             match next {
                 // What was walked already must be what arrives.
                 Ok(next) if next.info.references == source.info.references => (source, attempt) = (next, 0),
@@ -133,7 +134,8 @@ impl Engine {
             let place = self.place(info)?;
             match self.attempt(source, owner, way, &place, shown).await? {
                 Attempt::Done(Unpacked { is_dir }) => {
-                    return Ok(place.verified(PathInfo::from((**info).clone()), is_dir));
+                    let info = PathInfo::from((**info).clone());
+                    return Ok(place.verified(info, source.origin(), is_dir));
                 }
                 Attempt::Anew(other) => way = other,
             }

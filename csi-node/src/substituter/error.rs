@@ -11,7 +11,7 @@ use reqwest::Url;
 
 use super::cache::public;
 use super::content::ContentError;
-use crate::store::{DatabaseError, NoSpace, RegisterError};
+use crate::store::{DatabaseError, NoSpace, ProvenanceError, RegisterError};
 
 /// Why a cache did not give what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +41,7 @@ pub enum CacheError {
         url: String,
     },
     /// The cache wants other credentials, or any.
-    #[error("{url} answered {status}: the cache does not accept this node's credentials")]
+    #[error("{url} answered {status}: the cache does not accept these credentials, or wants some")]
     Unauthorized {
         /// What was asked for.
         url: String,
@@ -285,6 +285,19 @@ pub enum FetchError {
     /// The store did not answer.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// Nobody can say who may see it.
+    #[error(transparent)]
+    Provenance(#[from] ProvenanceError),
+    /// What is here is private to others, and not the same.
+    #[error(
+        "{path} is on this node with another content than {cache} has; it can be used when it was collected here"
+    )]
+    OtherContent {
+        /// The path.
+        path: StorePath,
+        /// Who would give it.
+        cache: String,
+    },
     /// More than a node should be asked for.
     #[error("the closure has more than {limit} paths")]
     TooManyPaths {
@@ -324,7 +337,9 @@ impl FetchError {
             | Self::ContentAddress { .. }
             | Self::Window { .. }
             | Self::Hash { .. } => true,
-            Self::Restore { .. }
+            Self::OtherContent { .. }
+            | Self::Provenance(_)
+            | Self::Restore { .. }
             | Self::NoSpace { .. }
             | Self::Staging(_)
             | Self::Register(_)

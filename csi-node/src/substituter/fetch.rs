@@ -18,10 +18,11 @@ use super::cache::BinaryCache;
 use super::error::FetchError;
 use super::fair::Owner;
 use super::flight::{Flight, Flights};
-use super::lookup::Trust;
+use super::login::Logins;
+use super::lookup::{Caches, Trust, look_up};
 use super::partial::closed;
 use super::pool::RestorePool;
-use crate::store::{NodeStore, Staged, TempRoots};
+use crate::store::{NodeStore, Origin, Staged, TempRoots};
 
 /// What all decoders and buffers take together, unless one alone needs more.
 const MEMORY: usize = 40 << 20;
@@ -68,17 +69,16 @@ impl std::fmt::Display for Progress {
 pub struct Closure {
     /// Every path of it, sorted.
     pub paths: Vec<StorePath>,
-    /// How many of them had to be fetched.
-    pub fetched: usize,
+    /// Those of them that had to be fetched.
+    pub fetched: HashSet<StorePath>,
     /// How long their registration took, all parts of it together.
     pub registering: Duration,
     _roots: TempRoots,
 }
 
-/// What all fetches with the same credentials work with.
+/// What all fetches of a node work with, whoever's credentials they have.
 pub(super) struct Engine {
     pub(super) store: Arc<NodeStore>,
-    pub(super) caches: Vec<BinaryCache>,
     pub(super) trust: Trust,
     pub(super) memory: Budget,
     pub(super) pool: RestorePool,
@@ -87,10 +87,12 @@ pub(super) struct Engine {
     owners: AtomicU64,
 }
 
-/// Fetches closures into one store. A clone is the same.
+/// Fetches closures into one store, with certain credentials. A clone is the same.
 #[derive(Clone)]
 pub struct Substituter {
     engine: Arc<Engine>,
+    caches: Arc<Caches>,
+    /// Only those who have the same credentials share what is under way: an error of others is not theirs.
     flights: Arc<Flights>,
 }
 
@@ -100,14 +102,45 @@ impl Substituter {
         let cores = std::thread::available_parallelism().map_or(2, NonZero::get);
         let engine = Engine {
             store,
-            caches,
             trust,
             memory: Budget::new(MEMORY, 4),
             pool: RestorePool::start(cores)?,
             alone: AtomicU64::new(0),
             owners: AtomicU64::new(0),
         };
-        Ok(Self { engine: Arc::new(engine), flights: Arc::default() })
+        let caches = Arc::new(Caches { public: caches, private: Vec::new() });
+        Ok(Self { engine: Arc::new(engine), caches, flights: Arc::default() })
+    }
+
+    /// One with a volume's own credentials. What it fetches with them is written down as private. Threads, memory and
+    /// connections are the same.
+    pub(super) fn with(&self, logins: &Arc<Logins>) -> Self {
+        let public = self.caches.public.clone();
+        let private = public.iter().filter_map(|cache| cache.seen_with(logins)).collect();
+        let caches = Arc::new(Caches { public, private });
+        Self { engine: Arc::clone(&self.engine), caches, flights: Arc::default() }
+    }
+
+    /// Asks the caches for paths that are valid: who gives them to whoever has these credentials. The same error as if
+    /// they were not valid here.
+    pub async fn prove(&self, paths: &[StorePath]) -> Result<Vec<(StorePath, Origin)>, FetchError> {
+        let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
+        let asked = paths.to_vec();
+        let valid = self.blocking(move |store| store.hashes(&asked)).await??;
+        let mut answers: FuturesUnordered<_> =
+            paths.iter().map(|path| look_up(&self.caches, &self.engine.trust, owner, path, &[])).collect();
+        let mut proved = Vec::new();
+        while let Some(source) = answers.next().await {
+            let source = source?;
+            let path = &source.info.path;
+            // Another build of the same path is not what may be seen.
+            if valid.get(path) != Some(&source.info.nar_hash) {
+                let (path, cache) = (path.clone(), source.cache.name().to_string());
+                return Err(FetchError::OtherContent { path, cache });
+            }
+            proved.push((path.clone(), source.origin()));
+        }
+        Ok(proved)
     }
 
     /// The store that it fetches into.
@@ -135,7 +168,7 @@ impl Substituter {
             seen: HashSet::new(),
             fetching: HashMap::new(),
             arrived: HashMap::new(),
-            registered: 0,
+            registered: HashSet::new(),
             registering: Duration::ZERO,
             bytes_total: 0,
             bytes_done: 0,
@@ -154,7 +187,7 @@ impl Substituter {
     /// Fetches one path into staging, although it may be valid.
     pub async fn fetch_again(&self, path: &StorePath) -> Result<Arc<Staged>, FetchError> {
         let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
-        let flight = self.flights.join(&self.engine, path, owner);
+        let flight = self.flights.join(&self.engine, &self.caches, path, owner);
         flight.staged.clone().await.map_err(FetchError::Shared)
     }
 
@@ -178,7 +211,7 @@ struct Walk<'a> {
     fetching: HashMap<StorePath, Arc<Flight>>,
     /// Restored, and not registered yet.
     arrived: HashMap<StorePath, Arc<Staged>>,
-    registered: usize,
+    registered: HashSet<StorePath>,
     registering: Duration,
     bytes_total: u64,
     bytes_done: u64,
@@ -205,12 +238,13 @@ impl Walk<'_> {
             let missing = self.missing(std::mem::take(&mut found)).await?;
             self.seen.extend(new);
             for path in missing {
-                if self.fetching.len() + self.arrived.len() + self.registered >= MAX_PATHS {
+                if self.fetching.len() + self.arrived.len() + self.registered.len() >= MAX_PATHS {
                     // Not all of them are on their way, so none counts as valid any more.
                     self.seen.clear();
                     return Err(FetchError::TooManyPaths { limit: MAX_PATHS });
                 }
-                let flight = self.substituter.flights.join(&self.substituter.engine, &path, self.owner);
+                let Substituter { engine, caches, flights } = self.substituter;
+                let flight = flights.join(engine, caches, &path, self.owner);
                 infos.push(flight.info.clone());
                 staged.push(flight.staged.clone());
                 self.fetching.insert(path, flight);
@@ -245,7 +279,7 @@ impl Walk<'_> {
         let largest = self.fetching.values().max_by_key(|flight| flight.decoded());
         let cache =
             largest.and_then(|flight| flight.cache.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let here = self.arrived.len() + self.registered;
+        let here = self.arrived.len() + self.registered.len();
         Progress {
             paths: here as u64,
             paths_total: (here + self.fetching.len()) as u64,
@@ -286,8 +320,7 @@ impl Walk<'_> {
             return Ok(());
         }
         let start = std::time::Instant::now();
-        let count = ready.len();
-        let ready: Vec<_> = ready.into_iter().map(|(_, staged)| staged).collect();
+        let (paths, ready): (Vec<_>, Vec<_>) = ready.into_iter().unzip();
         self.substituter
             .blocking(move |store| {
                 for staged in waiting {
@@ -298,7 +331,7 @@ impl Walk<'_> {
                 if ready.is_empty() { Ok(()) } else { store.register(&ready) }
             })
             .await??;
-        self.registered += count;
+        self.registered.extend(paths);
         self.registering += start.elapsed();
         Ok(())
     }

@@ -14,7 +14,7 @@ use tracing::Instrument as _;
 use super::error::FetchError;
 use super::fair::Owner;
 use super::fetch::Engine;
-use super::lookup::look_up;
+use super::lookup::{Caches, look_up};
 use super::stop::{Stop, Waiting};
 use crate::store::Staged;
 
@@ -60,7 +60,13 @@ pub(super) struct Shown {
 
 impl Flights {
     /// Joins the path's flight, or begins one in the turn of `owner`.
-    pub(super) fn join(&self, engine: &Arc<Engine>, path: &StorePath, owner: Owner) -> Arc<Flight> {
+    pub(super) fn join(
+        &self,
+        engine: &Arc<Engine>,
+        caches: &Arc<Caches>,
+        path: &StorePath,
+        owner: Owner,
+    ) -> Arc<Flight> {
         let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(flight) = flights.get(path).and_then(Weak::upgrade) {
             return flight;
@@ -68,20 +74,20 @@ impl Flights {
         if flights.len() >= 1024 && flights.len().is_power_of_two() {
             flights.retain(|_, flight| flight.strong_count() > 0);
         }
-        let flight = Arc::new(begin(Arc::clone(engine), path.clone(), owner));
+        let flight = Arc::new(begin(Arc::clone(engine), Arc::clone(caches), path.clone(), owner));
         flights.insert(path.clone(), Arc::downgrade(&flight));
         flight
     }
 }
 
-fn begin(engine: Arc<Engine>, path: StorePath, owner: Owner) -> Flight {
+fn begin(engine: Arc<Engine>, caches: Arc<Caches>, path: StorePath, owner: Owner) -> Flight {
     let (stop, waiting) = Stop::new();
     let shown = Shown { stop, decoded: Arc::default(), cache: Arc::default() };
     let (decoded, cache) = (Arc::clone(&shown.decoded), Arc::clone(&shown.cache));
     let (found, info) = oneshot::channel();
     let span = tracing::info_span!("substitute", %path);
     let task = async move {
-        let source = match look_up(&engine.caches, &engine.trust, owner, &path, &[]).await {
+        let source = match look_up(&caches, &engine.trust, owner, &path, &[]).await {
             Ok(source) => source,
             Err(error) => {
                 let error = Arc::new(error);
@@ -90,7 +96,7 @@ fn begin(engine: Arc<Engine>, path: StorePath, owner: Owner) -> Flight {
             }
         };
         let _ = found.send(Ok(Arc::clone(&source.info)));
-        engine.obtain(source, owner, &shown).await.map(Arc::new).map_err(Arc::new)
+        engine.obtain(&caches, source, owner, &shown).await.map(Arc::new).map_err(Arc::new)
     };
     let task = tokio::spawn(task.instrument(span));
     let abort = task.abort_handle();

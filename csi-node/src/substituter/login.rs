@@ -1,11 +1,14 @@
 //! Who this node is to which host.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use data_encoding::BASE64;
 use nix_csi_store::Netrc;
+use nix_csi_store::ParseNetrcError;
 use reqwest::Url;
 use reqwest::header::HeaderValue;
+use ring::digest::{Context, SHA256};
 
 /// Names and passwords, and tokens, by host. Never printed.
 #[derive(Default)]
@@ -65,6 +68,70 @@ impl std::fmt::Debug for Logins {
     }
 }
 
+/// What a volume's own secret says: logins, and a name for exactly these.
+#[derive(Clone)]
+pub struct Credentials {
+    pub(super) logins: Arc<Logins>,
+    pub(super) id: CredentialsId,
+}
+
+/// The hash of credentials: the same for two volumes whose secrets say the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct CredentialsId([u8; 32]);
+
+/// Why a volume's secret cannot be used. No message has any of it in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParseCredentialsError {
+    /// Nothing that is known.
+    #[error("the volume's secret has neither `{NETRC}` nor `{BEARER_TOKENS}`")]
+    Empty,
+    /// The netrc.
+    #[error("`{NETRC}` of the volume's secret")]
+    Netrc(#[from] ParseNetrcError),
+    /// The tokens.
+    #[error("`{BEARER_TOKENS}` of the volume's secret")]
+    Tokens(#[from] ParseTokensError),
+}
+
+/// Keys of a volume's secret. Others may be there for somebody else.
+const NETRC: &str = "netrc";
+const BEARER_TOKENS: &str = "bearer-tokens";
+
+impl Credentials {
+    /// From what a secret holds under its keys; `None` if there is no secret.
+    pub fn parse<'a>(secret: impl Fn(&str) -> Option<&'a str>) -> Result<Self, ParseCredentialsError> {
+        let (netrc, tokens) = (secret(NETRC), secret(BEARER_TOKENS));
+        if netrc.is_none() && tokens.is_none() {
+            return Err(ParseCredentialsError::Empty);
+        }
+        let (netrc, tokens) = (netrc.unwrap_or_default(), tokens.unwrap_or_default());
+        let mut id = Context::new(&SHA256);
+        // Where one ends and the other begins must not be movable.
+        id.update(&(netrc.len() as u64).to_le_bytes());
+        id.update(netrc.as_bytes());
+        id.update(tokens.as_bytes());
+        let mut hash = [0; 32];
+        hash.copy_from_slice(id.finish().as_ref());
+        let logins = Arc::new(Logins::new(Netrc::parse(netrc)?, tokens)?);
+        Ok(Self { logins, id: CredentialsId(hash) })
+    }
+}
+
+impl PartialEq for Credentials {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for Credentials {}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not even the hash: it would say whether a guess is right.
+        f.debug_struct("Credentials").finish_non_exhaustive()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,6 +150,40 @@ mod tests {
         let header = logins.header(&url.parse().unwrap());
         assert_eq!(header.as_ref().map(|value| value.to_str().unwrap()), expected);
         assert!(header.is_none_or(|value| value.is_sensitive()));
+    }
+
+    #[rstest]
+    #[case::nothing(&[], Err("the volume's secret has neither `netrc` nor `bearer-tokens`"))]
+    #[case::something_else(&[("password", "secret")], Err("the volume's secret has neither `netrc` nor `bearer-tokens`"))]
+    #[case::netrc(&[("netrc", "machine a.example password secret"), ("other", "x")], Ok("Basic OnNlY3JldA=="))]
+    #[case::tokens(&[("bearer-tokens", "a.example secret")], Ok("Bearer secret"))]
+    #[case::bad_netrc(&[("netrc", "machine")], Err("`netrc` of the volume's secret: line 1: nothing follows `machine`"))]
+    #[case::bad_tokens(&[("bearer-tokens", "secret")], Err("`bearer-tokens` of the volume's secret: line 1 of the bearer tokens is not `<host> <token>`"))]
+    fn a_secret_says_who_the_volume_is(
+        #[case] secret: &[(&str, &'static str)],
+        #[case] expected: Result<&str, &str>,
+    ) {
+        let find = |key: &str| secret.iter().find(|(name, _)| *name == key).map(|(_, value)| *value);
+        let found = Credentials::parse(find);
+        let text = format!("{found:?}");
+        assert!(!text.contains("secret\"") && !text.contains("OnNl"), "{text}");
+        let header = found.map(|found| found.logins.header(&"http://a.example".parse().unwrap()).unwrap());
+        let chain = |error: ParseCredentialsError| {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            format!("{error}{}", cause.unwrap_or_default())
+        };
+        let header = header.map_err(chain);
+        assert_eq!(header.as_ref().map(|value| value.to_str().unwrap()).map_err(String::as_str), expected);
+    }
+
+    #[test]
+    fn other_credentials_are_another_scope() {
+        let parse = |netrc: &'static str, tokens: &'static str| {
+            Credentials::parse(|key| Some(if key == NETRC { netrc } else { tokens })).unwrap()
+        };
+        assert_eq!(parse("machine a password b", ""), parse("machine a password b", ""));
+        assert_ne!(parse("machine a password b", ""), parse("machine a password c", ""));
+        assert_ne!(parse("#", "#\na b"), parse("##\na b", ""));
     }
 
     #[test]

@@ -9,8 +9,9 @@ use nix_csi_store::{ContentAddress, NarInfo, StorePath, TrustedKeys};
 
 use super::cache::BinaryCache;
 use super::content;
-use super::error::FetchError;
+use super::error::{CacheError, FetchError};
 use super::fair::Owner;
+use crate::store::Origin;
 
 /// Whose word counts.
 #[derive(Debug, Clone)]
@@ -32,14 +33,46 @@ pub(super) enum Proof {
     None,
 }
 
+/// The caches that a fetch may ask.
+pub(super) struct Caches {
+    /// Those of the node: what they give, they give to every pod.
+    pub(super) public: Vec<BinaryCache>,
+    /// The same, some of them, with a volume's own credentials. They are asked for what the others do not give.
+    pub(super) private: Vec<BinaryCache>,
+}
+
+impl Caches {
+    /// Whether the cache that said no at `url` is asked with a volume's own credentials too.
+    fn is_asked_again(&self, url: &str) -> bool {
+        self.private.iter().any(|cache| url.starts_with(&**cache.name()))
+    }
+
+    fn names(&self) -> String {
+        self.public.iter().map(|cache| &**cache.name()).collect::<Vec<_>>().join(", ")
+    }
+}
+
 /// Where a path will be fetched from.
 #[derive(Clone)]
 pub(super) struct Source {
     pub(super) info: Arc<NarInfo>,
     pub(super) proof: Proof,
     pub(super) cache: BinaryCache,
-    /// Which of the caches that is.
+    /// Which of the caches that is: the public ones first.
     pub(super) number: usize,
+    /// Whether it was asked with a volume's own credentials.
+    pub(super) is_private: bool,
+}
+
+impl Source {
+    /// What is written down about where the path came from.
+    pub(super) fn origin(&self) -> Origin {
+        let key = match &self.proof {
+            Proof::Signature(key) => Some(key.clone()),
+            Proof::Content(_) | Proof::None => None,
+        };
+        Origin { cache: Arc::clone(self.cache.name()), key, private: self.is_private }
+    }
 }
 
 impl Trust {
@@ -63,33 +96,38 @@ impl Trust {
 }
 
 /// Asks all caches of the first tier at once, then those of the next, until one has the path in a way that can be
-/// used. Caches in `except` are not asked.
+/// used; those that are asked with a volume's own credentials last, so that what is public stays so. Caches in
+/// `except` are not asked.
 pub(super) async fn look_up(
-    caches: &[BinaryCache],
+    caches: &Caches,
     trust: &Trust,
     owner: Owner,
     path: &StorePath,
     except: &[usize],
 ) -> Result<Source, FetchError> {
     let mut failed = None;
-    for tier in tiers(caches, owner, except).await {
-        let mut asked: FuturesUnordered<_> =
-            tier.into_iter().map(|number| ask(&caches[number], number, trust, owner, path)).collect();
-        while let Some(answer) = asked.next().await {
-            match answer {
-                Ok(Some(source)) => return Ok(source),
-                // Whoever could not answer may have it: that is worth another try, a refusal is not.
-                Err(error) if failed.as_ref().is_none_or(|failed| worth_more(&error, failed)) => {
-                    failed = Some(error);
+    let mut first = 0;
+    for (part, is_private) in [(&caches.public, false), (&caches.private, true)] {
+        for tier in tiers(part, first, owner, except).await {
+            let mut asked: FuturesUnordered<_> =
+                tier.into_iter().map(|n| ask(&part[n], first + n, is_private, trust, owner, path)).collect();
+            while let Some(answer) = asked.next().await {
+                match answer {
+                    Ok(Some(source)) => return Ok(source),
+                    // It is asked again, with what it wants to hear.
+                    Err(FetchError::Lookup { source: CacheError::Unauthorized { url, .. }, .. })
+                        if !is_private && caches.is_asked_again(&url) => {}
+                    // Whoever could not answer may have it: that is worth another try, a refusal is not.
+                    Err(error) if failed.as_ref().is_none_or(|failed| worth_more(&error, failed)) => {
+                        failed = Some(error);
+                    }
+                    Ok(None) | Err(_) => {}
                 }
-                Ok(None) | Err(_) => {}
             }
         }
+        first += part.len();
     }
-    Err(failed.unwrap_or_else(|| FetchError::NotFound {
-        path: path.clone(),
-        caches: caches.iter().map(|cache| cache.name().to_string()).collect::<Vec<_>>().join(", "),
-    }))
+    Err(failed.unwrap_or_else(|| FetchError::NotFound { path: path.clone(), caches: caches.names() }))
 }
 
 fn worth_more(error: &FetchError, failed: &FetchError) -> bool {
@@ -99,6 +137,7 @@ fn worth_more(error: &FetchError, failed: &FetchError) -> bool {
 async fn ask(
     cache: &BinaryCache,
     number: usize,
+    is_private: bool,
     trust: &Trust,
     owner: Owner,
     path: &StorePath,
@@ -109,12 +148,12 @@ async fn ask(
     priority.map_err(failed)?;
     let Some(info) = info.map_err(failed)? else { return Ok(None) };
     let proof = trust.check(&info, cache.name())?;
-    Ok(Some(Source { info: Arc::new(info), proof, cache: cache.clone(), number }))
+    Ok(Some(Source { info: Arc::new(info), proof, cache: cache.clone(), number, is_private }))
 }
 
-/// The caches by their priority, the lowest number first.
-async fn tiers(caches: &[BinaryCache], owner: Owner, except: &[usize]) -> Vec<Vec<usize>> {
-    let left: Vec<_> = (0..caches.len()).filter(|number| !except.contains(number)).collect();
+/// The caches by their priority, the lowest number first. The number of the first one is `first`.
+async fn tiers(caches: &[BinaryCache], first: usize, owner: Owner, except: &[usize]) -> Vec<Vec<usize>> {
+    let left: Vec<_> = (0..caches.len()).filter(|number| !except.contains(&(first + number))).collect();
     if left.len() < 2 {
         return vec![left];
     }

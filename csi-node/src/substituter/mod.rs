@@ -36,6 +36,6 @@ pub use client::{ClientError, client};
 pub use content::ContentError;
 pub use error::{CacheError, FetchError};
 pub use fetch::{Closure, Progress, Substituter};
-pub use login::{Logins, ParseTokensError};
+pub use login::{Credentials, Logins, ParseCredentialsError, ParseTokensError};
 pub use lookup::Trust;
 pub use share::{Fetches, Waited};

@@ -1,4 +1,4 @@
-//! One fetch for all who want the same packages, and for as long as it takes.
+//! One fetch for all who want the same packages and have the same credentials, and for as long as it takes.
 //!
 //! A fetch belongs to the driver, not to the call that asked first: kubelet gives a call two minutes, a
 //! large closure may need more. Whoever asks again finds the fetch as far as it has got.
@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
@@ -15,6 +16,7 @@ use tracing::Instrument as _;
 
 use super::error::FetchError;
 use super::fetch::{Closure, Progress, Substituter};
+use super::login::{Credentials, CredentialsId};
 
 type Outcome = Result<Arc<Closure>, Arc<FetchError>>;
 
@@ -24,11 +26,19 @@ struct Running {
     progress: watch::Receiver<Progress>,
 }
 
+/// How long it is remembered what caches answered to credentials, and the credentials themselves.
+const REMEMBERED: Duration = Duration::from_mins(10);
+
+type Key = (Option<CredentialsId>, Box<[StorePath]>);
+
 /// The fetches under way.
 #[derive(Clone)]
 pub struct Fetches {
+    /// With this node's own credentials.
     substituter: Substituter,
-    running: Arc<Mutex<HashMap<Box<[StorePath]>, Running>>>,
+    /// With those of volumes, and when they were last asked for.
+    others: Arc<Mutex<HashMap<CredentialsId, (Substituter, Instant)>>>,
+    running: Arc<Mutex<HashMap<Key, Running>>>,
 }
 
 /// How a fetch is, when the patience of a call is at its end.
@@ -42,16 +52,28 @@ pub enum Waited {
 impl Fetches {
     /// No fetches yet.
     pub fn new(substituter: Substituter) -> Self {
-        Self { substituter, running: Arc::default() }
+        Self { substituter, others: Arc::default(), running: Arc::default() }
     }
 
-    /// Joins the fetch of `roots`, or begins it, and waits until it ends or `patience` does.
+    /// The substituter for whoever has `credentials`, or none of their own.
+    pub fn substituter(&self, credentials: Option<&Credentials>) -> Substituter {
+        let Some(Credentials { logins, id }) = credentials else { return self.substituter.clone() };
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        others.retain(|_, (_, used)| now.duration_since(*used) < REMEMBERED);
+        let (substituter, used) = others.entry(*id).or_insert_with(|| (self.substituter.with(logins), now));
+        *used = now;
+        substituter.clone()
+    }
+
+    /// Joins the fetch of `roots` with the same credentials, or begins it, and waits until it ends or `patience` does.
     pub async fn wait(
         &self,
+        credentials: Option<&Credentials>,
         roots: &[StorePath],
         patience: impl Future<Output = ()>,
     ) -> Result<Waited, FetchError> {
-        let running = self.join(roots);
+        let running = self.join(credentials, roots);
         tokio::select! {
             outcome = running.outcome.clone() => match outcome {
                 Ok(closure) => Ok(Waited::Done(closure)),
@@ -61,23 +83,25 @@ impl Fetches {
         }
     }
 
-    fn join(&self, roots: &[StorePath]) -> Running {
+    fn join(&self, credentials: Option<&Credentials>, roots: &[StorePath]) -> Running {
         // The order matters to a view, not to a fetch.
         let mut key = roots.to_vec();
         key.sort_unstable();
         key.dedup();
-        let key: Box<[StorePath]> = key.into();
+        let roots: Box<[StorePath]> = key.into();
+        let key = (credentials.map(|credentials| credentials.id), roots);
+        let substituter = self.substituter(credentials);
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(fetch) = running.get(&key) {
             return fetch.clone();
         }
         let (sender, progress) = watch::channel(Progress::default());
-        let (this, roots) = (self.clone(), key.clone());
+        let (this, finished) = (self.clone(), key.clone());
         let task = tokio::spawn(
             async move {
-                let fetched = this.substituter.fetch(&roots, &sender).await;
+                let fetched = substituter.fetch(&finished.1, &sender).await;
                 // From here on a new call begins anew, and finds the closure valid or tries again.
-                this.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&roots);
+                this.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&finished);
                 fetched.map(Arc::new).map_err(Arc::new)
             }
             .in_current_span(),
