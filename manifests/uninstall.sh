@@ -61,7 +61,7 @@ if [[ -n $delete_node_data ]]; then
     delete -n nix-csi daemonset nix-csi-delete-node-data --cascade=foreground --timeout=5m
 fi
 delete csidriver nix-csi.lillecarl.com
-delete clusterrolebinding,clusterrole nix-csi-webhook
+delete clusterrolebinding,clusterrole nix-csi-webhook nix-csi-node
 delete namespace nix-csi
 echo "uninstall: nix-csi is off this cluster"
 [[ -n $delete_node_data ]] || echo "uninstall: nodes keep what they fetched in /var/lib/nix-csi"

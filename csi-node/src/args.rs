@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::driver::{Driver, DriverOptions, start_substituter};
+use crate::kubernetes::Kubernetes;
 use crate::mount;
 use crate::progress::{self, Event};
 use crate::server::{Sockets, serve};
@@ -269,6 +270,7 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
     mount::probe().context("this kernel is too old for detached mounts: Linux 5.12 or newer is needed")?;
     let (store, _lock) = open(root, "the driver (nix-csi-node serve)")?;
     let substituter = start_substituter(Arc::clone(&store), config)?;
+    let kubernetes = Kubernetes::in_cluster(&options.node_name).context("this pod's service account")?;
     let driver = Driver::new(
         Arc::clone(&store),
         substituter,
@@ -277,23 +279,24 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
             system: System::current(),
             pods_dir: options.kubelet_dir.join("pods"),
             patience: Duration::from_secs(options.patience),
+            kubernetes,
+            limits: config.limits,
         },
     );
     let recovering = driver.clone();
     tokio::task::spawn_blocking(move || recovering.recover())
         .await?
         .context("cannot put the store in order")?;
-    let looking_after = driver.clone();
-    let looking_after = tokio::spawn(async move { looking_after.look_after_the_store().await });
     let sockets = Sockets {
         csi: options.csi_socket,
         csi_on_host: options.kubelet_dir.join("plugins").join(DRIVER_NAME).join("csi.sock"),
         registration: options.registration_dir.map(|dir| dir.join(format!("{DRIVER_NAME}-reg.sock"))),
     };
+    let beside = driver.work_beside();
+    let finishing = driver.clone();
     let served = serve(driver, &sockets, ending()?).await;
-    looking_after.abort();
-    // What was registered last is on the disk when the process has ended.
-    tokio::task::spawn_blocking(move || store.sync()).await?.context("cannot sync the store")?;
+    drop(beside);
+    tokio::task::spawn_blocking(move || finishing.finish()).await?.context("cannot sync the store")?;
     Ok(served?)
 }
 

@@ -10,6 +10,7 @@ use nix_csi_store::conf::{self, Statement};
 use nix_csi_store::{Netrc, ParseKeyError, ParseNetrcError, PublicKey, TrustedKeys};
 use reqwest::Url;
 
+use crate::gc::Limits;
 use crate::substituter::{Logins, ParseTokensError, without_secrets};
 
 /// Why the options cannot be used. The process stops: nothing is silently replaced by a default.
@@ -95,6 +96,8 @@ pub struct Config {
     pub download_attempts: u32,
     /// `ssl-cert-file`: certificate authorities, instead of those that come with this program.
     pub ssl_cert_file: Option<PathBuf>,
+    /// `min-free` and `max-free`: when collection begins, and when it ends.
+    pub limits: Limits,
     /// `netrc-file`: names and passwords for caches.
     pub netrc_file: Option<PathBuf>,
     /// `bearer-tokens-file`, which Nix does not have: lines of `<host> <token>`.
@@ -125,6 +128,7 @@ impl Default for Config {
             stalled_download_timeout: Duration::from_mins(5),
             download_attempts: 5,
             ssl_cert_file: None,
+            limits: Limits::default(),
             netrc_file: None,
             bearer_tokens_file: None,
         }
@@ -155,6 +159,20 @@ impl<'a> Setting<'a> {
 
     fn seconds(&self) -> Result<Duration, ConfigError> {
         self.number().map(Duration::from_secs)
+    }
+
+    /// As Nix reads it: with K, M, G or T behind the number if that is wanted.
+    fn bytes(&self) -> Result<u64, ConfigError> {
+        let value = self.0.value;
+        let (digits, shift) = match value.chars().last().map(|unit| unit.to_ascii_uppercase()) {
+            Some('K') => (&value[..value.len() - 1], 10),
+            Some('M') => (&value[..value.len() - 1], 20),
+            Some('G') => (&value[..value.len() - 1], 30),
+            Some('T') => (&value[..value.len() - 1], 40),
+            _ => (value, 0),
+        };
+        let bytes = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+        bytes.ok_or_else(|| self.bad(value, "a number of bytes"))
     }
 
     fn bool(&self) -> Result<bool, ConfigError> {
@@ -228,6 +246,8 @@ impl Config {
                 "stalled-download-timeout" => config.stalled_download_timeout = setting.seconds()?,
                 "download-attempts" => config.download_attempts = setting.number()?,
                 "ssl-cert-file" => config.ssl_cert_file = setting.file(),
+                "min-free" => config.limits.min_free = Some(setting.bytes()?),
+                "max-free" => config.limits.max_free = Some(setting.bytes()?),
                 "netrc-file" => config.netrc_file = setting.file(),
                 "bearer-tokens-file" => config.bearer_tokens_file = setting.file(),
                 option => unknown.push(option.to_owned()),
@@ -269,6 +289,8 @@ mod tests {
         assert_eq!((config.require_sigs, config.http_connections), (false, 8));
         assert_eq!(config.trusted_public_keys, Config::default().trusted_public_keys);
         assert_eq!(unknown, ["max-jobs"]);
+        let (config, _) = Config::parse("min-free = 5G\nmax-free = 1024").unwrap();
+        assert_eq!(config.limits, Limits { min_free: Some(5 << 30), max_free: Some(1024) });
     }
 
     #[rstest]
@@ -285,6 +307,7 @@ mod tests {
         "http-connections = -1",
         "line 1, column 20: `http-connections`: \"-1\" is not a number"
     )]
+    #[case::not_a_size("min-free = 5X", "line 1, column 12: `min-free`: \"5X\" is not a number of bytes")]
     #[case::not_a_key("trusted-public-keys = abc", "line 1, column 23: `trusted-public-keys`")]
     fn errors_name_line_and_column(#[case] text: &str, #[case] message: &str) {
         assert_eq!(Config::parse(text).unwrap_err().to_string(), message);

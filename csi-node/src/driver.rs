@@ -6,16 +6,21 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use nix_csi_proto::System;
+use tokio::task::JoinSet;
 
 use crate::config::Config;
+use crate::gc::{CollectError, Collection, Collector, Limits};
+use crate::kubernetes::Kubernetes;
 use crate::ops::Operations;
+use crate::publish::PublishError;
 use crate::store::{NodeStore, RegisterError};
-use crate::substituter::{self, BinaryCache, Fetches, Substituter, Trust};
+use crate::substituter::{self, BinaryCache, FetchError, Fetches, Substituter, Trust};
 use crate::tenancy::Tenants;
+use crate::usage::Usage;
 use crate::volume::Volumes;
 
 /// What a driver must be told about its node.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct DriverOptions {
     /// The node's name, which kubelet wants to hear again.
     pub node_name: String,
@@ -25,10 +30,18 @@ pub struct DriverOptions {
     pub pods_dir: PathBuf,
     /// How long a call waits for a fetch. Kubelet's own deadline is two minutes.
     pub patience: Duration,
+    /// Who is asked about pods, and told events.
+    pub kubernetes: Kubernetes,
+    /// How much of the disk is kept free.
+    pub limits: Limits,
 }
 
 /// How often what was registered is synced.
 const SYNCED: Duration = Duration::from_secs(5);
+/// How often it is looked whether there is room.
+const COLLECTED: Duration = Duration::from_secs(10);
+/// How often volumes are compared with what kubelet knows.
+const RECONCILED: Duration = Duration::from_mins(1);
 /// By then kubelet has asked again for every volume that an earlier process was fetching for.
 const ADOPTED: Duration = Duration::from_mins(10);
 
@@ -40,6 +53,8 @@ pub struct Driver {
     pub(crate) fetches: Fetches,
     pub(crate) volumes: Volumes,
     pub(crate) tenants: Tenants,
+    pub(crate) usage: Usage,
+    pub(crate) collector: Collector,
     pub(crate) ops: Operations,
     /// One view is built at a time: both cores are in it, and a second call for it finds it done.
     pub(crate) building: Arc<tokio::sync::Mutex<()>>,
@@ -48,34 +63,78 @@ pub struct Driver {
 impl Driver {
     /// A driver on a store that is open and locked.
     pub fn new(store: Arc<NodeStore>, substituter: Substituter, options: DriverOptions) -> Self {
+        let (volumes, tenants) = (Volumes::new(&store), Tenants::default());
+        let usage = Usage::load(store.layout().usage());
+        let (of, limits) = (Arc::clone(&store), options.limits);
+        let collector = Collector::new(of, volumes.clone(), usage.clone(), tenants.clone(), limits);
         Self {
             options: Arc::new(options),
-            volumes: Volumes::new(&store),
+            volumes,
             store,
             fetches: Fetches::new(substituter),
-            tenants: Tenants::default(),
+            tenants,
+            usage,
+            collector,
             ops: Operations::default(),
             building: Arc::default(),
         }
     }
 
     /// Puts in order what an earlier process left. Only while nothing is served yet.
-    pub fn recover(&self) -> Result<(), RegisterError> {
-        self.store.recover()?;
+    pub fn recover(&self) -> Result<(), PublishError> {
+        self.store.recover().map_err(FetchError::from)?;
+        self.reconcile()?;
         self.store.empty_trash_later();
         Ok(())
     }
 
+    /// The last thing before the process ends: what was registered is on the disk then.
+    pub fn finish(&self) -> Result<(), RegisterError> {
+        if let Err(error) = self.usage.save() {
+            tracing::warn!(%error, "cannot write down which views were used last");
+        }
+        self.store.sync()
+    }
+
+    /// Does what is to be done beside calls, until what this gives back is dropped. To be called in a runtime.
+    pub fn work_beside(&self) -> JoinSet<()> {
+        let mut beside = JoinSet::new();
+        let this = self.clone();
+        beside.spawn(async move { this.look_after_the_store().await });
+        let this = self.clone();
+        beside.spawn(async move { this.collect_garbage().await });
+        let this = self.clone();
+        beside.spawn(async move { this.reconcile_now_and_then().await });
+        beside
+    }
+
+    /// Removes what is left of volumes that kubelet has forgotten, now and then. Never ends.
+    async fn reconcile_now_and_then(&self) {
+        loop {
+            tokio::time::sleep(RECONCILED).await;
+            let this = self.clone();
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || this.reconcile()).await {
+                let error = anyhow::Error::new(error);
+                tracing::warn!("cannot compare the volumes with what kubelet knows: {error:#}");
+            }
+        }
+    }
+
     /// Syncs what was registered, now and then, and lets go of what nobody has adopted. Never ends.
-    pub async fn look_after_the_store(&self) {
+    async fn look_after_the_store(&self) {
         let start = tokio::time::Instant::now();
         let mut tick = tokio::time::interval_at(start + SYNCED, SYNCED);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let now = tick.tick().await;
+            self.fetches.end_unwanted();
             let store = Arc::clone(&self.store);
             let is_late = now.duration_since(start) > ADOPTED;
+            let usage = self.usage.clone();
             let looked_after = tokio::task::spawn_blocking(move || {
+                if let Err(error) = usage.save() {
+                    tracing::warn!(%error, "cannot write down which views were used last");
+                }
                 if is_late {
                     store.staging().discard_leftovers();
                 }
@@ -84,6 +143,43 @@ impl Driver {
             if let Ok(Err(error)) = looked_after.await {
                 let error = anyhow::Error::new(error);
                 tracing::error!("the store is not synced: {error:#}");
+            }
+        }
+    }
+}
+
+impl Driver {
+    /// Keeps some of the disk free. Never ends.
+    async fn collect_garbage(&self) {
+        loop {
+            let collector = self.collector.clone();
+            let collected = tokio::task::spawn_blocking(move || {
+                let retired = collector.remove_retired()?;
+                Ok::<_, CollectError>((retired, collector.collect_if_low()?))
+            });
+            match collected.await {
+                Ok(Ok((_, Some(Collection { views, paths, bytes, is_enough })))) => {
+                    if is_enough {
+                        tracing::info!(views, paths, bytes, "collected what was not used");
+                    } else {
+                        tracing::warn!(
+                            views,
+                            paths,
+                            bytes,
+                            "collected all that is not used, and the disk is still too full"
+                        );
+                    }
+                }
+                Ok(Ok((0, None))) | Err(_) => {}
+                Ok(Ok((_, None))) => self.store.empty_trash_later(),
+                Ok(Err(error)) => {
+                    let error = anyhow::Error::new(error);
+                    tracing::error!("cannot collect what is not used: {error:#}");
+                }
+            }
+            tokio::select! {
+                () = self.collector.wanted() => {}
+                () = tokio::time::sleep(COLLECTED) => {}
             }
         }
     }

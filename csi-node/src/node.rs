@@ -1,11 +1,14 @@
 //! CSI Node: check, do, answer. The doing is in [`crate::publish`].
 
+use std::time::Duration;
+
 use nix_csi_proto::csi::node_server::Node;
 use nix_csi_proto::csi::{
     NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
     NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse,
 };
+use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
@@ -19,6 +22,7 @@ impl Node for Driver {
         &self,
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        let patience = patience(self.options.patience, request.metadata());
         let request = PublishRequest::parse(request.get_ref(), self.options.system, &self.options.pods_dir)
             .map_err(|error| status(&error.into()))?;
         let span = tracing::info_span!(
@@ -27,8 +31,14 @@ impl Node for Driver {
             pod.namespace = request.pod.namespace,
             pod.name = request.pod.name,
         );
+        let pod = request.pod.clone();
         async {
-            self.publish(request).await.map_err(|error| status(&error))?;
+            self.publish(request, patience).await.map_err(|error| {
+                self.make_room_for(&error);
+                let status = status(&error);
+                self.tell_failure(&pod, status.code(), status.message());
+                status
+            })?;
             tracing::info!("published");
             Ok(Response::new(NodePublishVolumeResponse {}))
         }
@@ -78,6 +88,28 @@ impl Node for Driver {
     }
 }
 
+/// How long a call may take: as long as it is told, and less if its caller does not wait so long.
+fn patience(most: Duration, metadata: &MetadataMap) -> Duration {
+    const ANSWER: Duration = Duration::from_secs(5);
+    let deadline = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(timeout);
+    deadline.map_or(most, |deadline| most.min(deadline.saturating_sub(ANSWER)))
+}
+
+/// A number of up to eight digits and a unit, as gRPC writes it.
+fn timeout(value: &str) -> Option<Duration> {
+    let (number, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    let number = number.parse().ok().filter(|_| number.len() <= 8)?;
+    match unit {
+        "H" => Some(Duration::from_hours(number)),
+        "M" => Some(Duration::from_mins(number)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
 /// The whole chain of causes: it becomes the text of the pod's event. Logged here and nowhere else.
 fn status(error: &PublishError) -> Status {
     let mut message = error.to_string();
@@ -98,4 +130,24 @@ fn status(error: &PublishError) -> Status {
         tracing::warn!(?code, message, "refused");
     }
     Status::new(code, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::kubelet("119999m", 110)]
+    #[case::less("60S", 55)]
+    #[case::hardly_any("3S", 0)]
+    #[case::more("1H", 110)]
+    #[case::nonsense("soon", 110)]
+    #[case::empty("", 110)]
+    #[case::too_long("123456789S", 110)]
+    fn a_call_ends_before_its_deadline(#[case] header: &str, #[case] seconds: u64) {
+        let mut metadata = MetadataMap::new();
+        metadata.insert("grpc-timeout", header.parse().unwrap());
+        assert_eq!(patience(Duration::from_secs(110), &metadata).as_secs(), seconds);
+    }
 }

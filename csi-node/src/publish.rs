@@ -7,19 +7,21 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tonic::Code;
 
 use crate::driver::Driver;
+use crate::kubernetes::Event;
 use crate::mount::{self, MountError, MountRequest};
 use crate::ops::Busy;
 use crate::path_error::PathError;
 use crate::request::{PublishRequest, RequestError, UnpublishRequest};
-use crate::store::{DatabaseError, RegisterError};
+use crate::store::{DatabaseError, ProvenanceError, RegisterError};
 use crate::substituter::{CacheError, Closure, Credentials, FetchError, Progress, Waited};
 use crate::tenancy::authorize;
 use crate::view::{self, ViewError, ViewSpec};
-use crate::volume::{Mode, Record, VolumeError};
+use crate::volume::{Mode, Pod, Record, VolumeError};
 
 /// Why a volume is not published.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +42,14 @@ pub enum PublishError {
     Authorizing {
         /// The namespace.
         namespace: String,
+    },
+    /// Nobody waits for the volume.
+    #[error("pod {namespace}/{name} is gone or being deleted, so its volume is not needed any more")]
+    PodGone {
+        /// The pod's namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
     },
     /// The view is being built; the next call finds it.
     #[error("the closure is here, its view is being built; this continues")]
@@ -90,7 +100,12 @@ impl PublishError {
     /// What kubelet is told. No `_` arm: each new error chooses whether kubelet may forget the volume.
     pub fn code(&self) -> Code {
         match self {
-            Self::Busy(_) | Self::Fetching(_) | Self::Authorizing { .. } | Self::Building => Code::Aborted,
+            // Not final after all: then kubelet unpublishes what may be half there.
+            Self::Busy(_)
+            | Self::Fetching(_)
+            | Self::Authorizing { .. }
+            | Self::PodGone { .. }
+            | Self::Building => Code::Aborted,
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
             Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
@@ -115,9 +130,10 @@ fn fetch_code(error: &FetchError) -> Code {
         FetchError::NoSpace { .. } => Code::ResourceExhausted,
         FetchError::Lookup { source, .. } | FetchError::Download { source, .. } => match source {
             CacheError::Unauthorized { .. } => Code::PermissionDenied,
-            CacheError::Unreachable { .. } | CacheError::Status { .. } | CacheError::Paused { .. } => {
-                Code::Unavailable
-            }
+            CacheError::Unreachable { .. }
+            | CacheError::Cut { .. }
+            | CacheError::Status { .. }
+            | CacheError::Paused { .. } => Code::Unavailable,
             CacheError::Gone { .. } => Code::NotFound,
             CacheError::File { .. } => Code::Internal,
             CacheError::TooLong { .. }
@@ -137,19 +153,23 @@ fn fetch_code(error: &FetchError) -> Code {
         FetchError::Register(RegisterError::Io(error)) => io_code(&error.source),
         FetchError::Register(RegisterError::Database(error)) | FetchError::Database(error) => match error {
             DatabaseError::Io(error) => io_code(&error.source),
-            DatabaseError::Sqlite(error)
-                if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) =>
-            {
-                Code::ResourceExhausted
-            }
-            DatabaseError::Sqlite(_)
-            | DatabaseError::Schema { .. }
+            DatabaseError::Sqlite(error) => sqlite_code(error),
+            DatabaseError::Schema { .. }
             | DatabaseError::Row(_)
             | DatabaseError::DanglingReference { .. } => Code::Internal,
         },
-        FetchError::Provenance(_) | FetchError::Register(RegisterError::Provenance(_)) => Code::Internal,
+        FetchError::Provenance(error) | FetchError::Register(RegisterError::Provenance(error)) => match error
+        {
+            ProvenanceError::Sqlite { source, .. } => sqlite_code(source),
+            ProvenanceError::Version { .. } => Code::Internal,
+        },
         FetchError::Stopped | FetchError::Shared(_) => Code::Unavailable,
     }
+}
+
+fn sqlite_code(error: &rusqlite::Error) -> Code {
+    let is_full = error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull);
+    if is_full { Code::ResourceExhausted } else { Code::Internal }
 }
 
 fn io_code(error: &std::io::Error) -> Code {
@@ -158,9 +178,13 @@ fn io_code(error: &std::io::Error) -> Code {
     if matches!(error.kind(), StorageFull | QuotaExceeded) { Code::ResourceExhausted } else { Code::Internal }
 }
 
+/// When a pod that waits for its closure is told so first, and how often then.
+const FIRST_TOLD: Duration = Duration::from_secs(5);
+const TOLD: Duration = Duration::from_secs(30);
+
 impl Driver {
     /// Makes the volume visible at its target. On error nothing is mounted there by this call.
-    pub async fn publish(&self, request: PublishRequest) -> Result<(), PublishError> {
+    pub async fn publish(&self, request: PublishRequest, patience: Duration) -> Result<(), PublishError> {
         let operation = self.ops.begin(&request.volume)?;
         let spec = ViewSpec {
             packages: request.attributes.paths.clone(),
@@ -176,33 +200,76 @@ impl Driver {
         if self.is_published(&record)? {
             return Ok(());
         }
+        let using = self.usage.begin(spec.id().as_str());
         // Two look-ups, whatever the view has in it.
         let known = self.tenants.may_see(&record.pod.namespace, &spec.id());
-        let view = match view::find(&self.store, &spec.id()).filter(|_| known) {
-            Some(view) => view,
-            None => self.make_view(spec, &record.pod.namespace, request.credentials.as_ref()).await?,
+        let view = if let Some(view) = view::find(&self.store, &spec.id()).filter(|_| known) {
+            view
+        } else {
+            tokio::select! {
+                made = self.make_view(spec, &record, request.credentials.as_ref(), patience) => made?,
+                () = self.options.kubernetes.gone(&record.pod) => {
+                    self.fetches.release(record.volume.as_str());
+                    let Pod { namespace, name, .. } = record.pod;
+                    return Err(PublishError::PodGone { namespace, name });
+                }
+            }
         };
         // From here to its end even if the caller goes away: a mount is never left half done.
         let this = self.clone();
         blocking(move || {
             let mounted = this.mount(&view, &record);
-            drop(operation);
+            // The record says it from here on.
+            drop((using, operation));
             mounted
         })
         .await?
     }
 
+    /// Tells the pod why it has no volume. What merely takes its time is told by itself.
+    pub(crate) fn tell_failure(&self, pod: &Pod, code: Code, message: &str) {
+        let reason = match code {
+            Code::Aborted => return,
+            Code::InvalidArgument => "NixInvalidRequest",
+            Code::NotFound => "NixNotFound",
+            Code::PermissionDenied => "NixPermissionDenied",
+            Code::FailedPrecondition => "NixFailedPrecondition",
+            Code::ResourceExhausted => "NixNoSpace",
+            Code::Unavailable => "NixUnavailable",
+            Code::DataLoss => "NixDataLoss",
+            _ => "NixFailed",
+        };
+        let message = message.to_owned();
+        self.options.kubernetes.tell(pod, Event { reason, is_warning: true, message });
+    }
+
+    /// The next call for a volume that found the disk full may find some of it free.
+    pub(crate) fn make_room_for(&self, error: &PublishError) {
+        match error {
+            PublishError::Fetch(error) if let FetchError::NoSpace { source, .. } = error.root() => {
+                self.collector.make_room(source.needed);
+            }
+            error if error.code() == Code::ResourceExhausted => self.collector.make_room(0),
+            _ => {}
+        }
+    }
+
     /// Removes the volume and all it wrote. Nothing there is well too.
     pub async fn unpublish(&self, request: UnpublishRequest) -> Result<(), PublishError> {
+        self.fetches.release(request.volume.as_str());
         let operation = self.ops.begin(&request.volume)?;
         let this = self.clone();
         blocking(move || {
             // A damaged record must not keep a pod from ending.
-            let recorded = this.volumes.read(&request.volume).ok().flatten().map(|record| record.target);
-            for target in recorded.iter().chain([&request.target]) {
+            let recorded = this.volumes.read(&request.volume).ok().flatten();
+            let target = recorded.as_ref().map(|record| &record.target);
+            for target in target.into_iter().chain([&request.target]) {
                 mount::unmount_and_remove(target)?;
             }
             this.volumes.remove(&this.store, &request.volume)?;
+            if let Some(record) = recorded {
+                this.usage.touch(&record.view);
+            }
             drop(operation);
             Ok::<_, PublishError>(())
         })
@@ -238,22 +305,34 @@ impl Driver {
     async fn make_view(
         &self,
         spec: ViewSpec,
-        namespace: &str,
+        Record { volume, pod, .. }: &Record,
         credentials: Option<&Credentials>,
+        patience: Duration,
     ) -> Result<PathBuf, PublishError> {
-        let id = spec.id();
-        let deadline = tokio::time::Instant::now() + self.options.patience;
-        let patience = tokio::time::sleep_until(deadline);
-        let closure = match self.fetches.wait(credentials, &spec.packages, patience).await? {
-            Waited::Done(closure) => closure,
-            Waited::Running(progress) => return Err(PublishError::Fetching(progress)),
+        let (id, namespace) = (spec.id(), &pod.namespace);
+        let start = tokio::time::Instant::now();
+        let deadline = start + patience;
+        let mut told = start + FIRST_TOLD;
+        let closure = loop {
+            let patience = tokio::time::sleep_until(deadline.min(told));
+            match self.fetches.wait(volume.as_str(), credentials, &spec.packages, patience).await? {
+                Waited::Done(closure) => break closure,
+                Waited::Running(progress) if tokio::time::Instant::now() >= deadline => {
+                    return Err(PublishError::Fetching(progress));
+                }
+                Waited::Running(progress) => {
+                    self.options.kubernetes.tell(pod, fetching(&progress));
+                    told += TOLD;
+                }
+            }
         };
         let substituter = self.fetches.substituter(credentials);
         let authorized = authorize(&self.store, &substituter, namespace, &spec.packages, &closure);
         match tokio::time::timeout_at(deadline, authorized).await {
             Ok(authorized) => authorized?,
-            Err(_) => return Err(PublishError::Authorizing { namespace: namespace.to_owned() }),
+            Err(_) => return Err(PublishError::Authorizing { namespace: namespace.clone() }),
         }
+        let ready = ready(&closure);
         // Goes on when the call ends: the next one finds the view.
         let this = self.clone();
         let building = tokio::spawn(async move { this.build_view(spec, closure).await });
@@ -261,6 +340,7 @@ impl Driver {
             Ok(built) => {
                 let view = built.map_err(|_| PublishError::Stopping)??;
                 self.tenants.allow(namespace, &id);
+                self.options.kubernetes.tell(pod, ready(start.elapsed()));
                 Ok(view)
             }
             Err(_) => Err(PublishError::Building),
@@ -268,15 +348,16 @@ impl Driver {
     }
 
     async fn build_view(&self, spec: ViewSpec, closure: Arc<Closure>) -> Result<PathBuf, PublishError> {
+        let using = self.usage.begin(spec.id().as_str());
         let building = self.building.clone().lock_owned().await;
         if view::find(&self.store, &spec.id()).is_none() {
-            self.tenants.forget(&spec.id());
+            self.tenants.forget(spec.id().as_str());
         }
         let store = Arc::clone(&self.store);
         let built = blocking(move || {
             let view = view::build(&store, &spec, &closure.paths);
             // Only now may a collector look at the closure: the view has roots of its own.
-            drop((closure, building));
+            drop((closure, building, using));
             view
         })
         .await?;
@@ -318,6 +399,28 @@ impl Driver {
             }
         };
         Ok(mount::mount(&request, &record.target)?)
+    }
+}
+
+/// What a pod is told that has to wait.
+fn fetching(progress: &Progress) -> Event {
+    let from = progress.cache.as_ref().map(|cache| format!(" from {cache}")).unwrap_or_default();
+    Event { reason: "NixFetching", is_warning: false, message: format!("fetching {progress}{from}") }
+}
+
+/// What a pod is told when its closure is there and its view is built.
+fn ready(closure: &Closure) -> impl FnOnce(Duration) -> Event + use<> {
+    const MIB: u64 = 1 << 20;
+    let (paths, fetched, bytes) = (closure.paths.len(), closure.fetched.len(), closure.bytes);
+    move |elapsed| Event {
+        reason: "NixReady",
+        is_warning: false,
+        message: format!(
+            "{paths} store paths are ready after {:.1} s; {fetched} of them were fetched ({} MiB), {} were on the node",
+            elapsed.as_secs_f64(),
+            bytes.div_ceil(MIB),
+            paths - fetched.min(paths),
+        ),
     }
 }
 

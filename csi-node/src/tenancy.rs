@@ -19,13 +19,13 @@ const MANY_VIEWS: usize = 10_000;
 
 /// Which namespaces may see which views, as far as it was asked since the driver started.
 #[derive(Clone, Default)]
-pub(crate) struct Tenants(Arc<Mutex<HashMap<ViewId, HashSet<String>>>>);
+pub(crate) struct Tenants(Arc<Mutex<HashMap<String, HashSet<String>>>>);
 
 impl Tenants {
     /// Whether it is known that pods of `namespace` may see `view`.
     pub(crate) fn may_see(&self, namespace: &str, view: &ViewId) -> bool {
         let allowed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        allowed.get(view).is_some_and(|namespaces| namespaces.contains(namespace))
+        allowed.get(view.as_str()).is_some_and(|namespaces| namespaces.contains(namespace))
     }
 
     /// From now on it is known.
@@ -34,11 +34,11 @@ impl Tenants {
         if allowed.len() >= MANY_VIEWS {
             allowed.clear();
         }
-        allowed.entry(view.clone()).or_default().insert(namespace.to_owned());
+        allowed.entry(view.to_string()).or_default().insert(namespace.to_owned());
     }
 
     /// The view is going, or built anew: who may see it is to be asked again.
-    pub(crate) fn forget(&self, view: &ViewId) {
+    pub(crate) fn forget(&self, view: &str) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(view);
     }
 }
@@ -104,7 +104,7 @@ mod tests {
         assert!(!tenants.may_see("a", &view));
         tenants.allow("a", &view);
         assert!(tenants.may_see("a", &view) && !tenants.may_see("b", &view));
-        tenants.forget(&view);
+        tenants.forget(view.as_str());
         assert!(!tenants.may_see("a", &view));
     }
 }

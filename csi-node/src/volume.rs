@@ -30,6 +30,13 @@ pub struct VolumeId(String);
 )]
 pub struct ParseVolumeIdError(String);
 
+impl VolumeId {
+    /// The id as kubelet gave it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 impl FromStr for VolumeId {
     type Err = ParseVolumeIdError;
 
@@ -118,6 +125,9 @@ pub enum VolumeError {
     },
 }
 
+/// A volume, and its record if it has one that can be read.
+pub(crate) type Entry = (VolumeId, Result<Option<Record>, VolumeError>);
+
 /// The volumes of a node store.
 #[derive(Clone)]
 pub struct Volumes {
@@ -193,6 +203,11 @@ impl Volumes {
 
     /// Every volume that is written down. One that cannot be read is an error of its own, not of the list.
     pub fn list(&self) -> Result<Vec<Result<Record, VolumeError>>, VolumeError> {
+        Ok(self.all()?.into_iter().filter_map(|(_, record)| record.transpose()).collect())
+    }
+
+    /// Every volume of which there is anything, with its record if it has one.
+    pub(crate) fn all(&self) -> Result<Vec<Entry>, VolumeError> {
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -202,7 +217,8 @@ impl Volumes {
         for entry in entries {
             let name = entry.map_err(PathError::on("read", &self.dir))?.file_name();
             let Some(id) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            records.extend(self.read(&id).transpose());
+            let record = self.read(&id);
+            records.push((id, record));
         }
         Ok(records)
     }

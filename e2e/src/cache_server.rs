@@ -16,6 +16,9 @@ use tokio::task::{JoinHandle, JoinSet};
 /// Every file is said to be of that time. It has no rule of its own, so it never tells two bodies apart.
 const LAST_MODIFIED: &str = "Thu, 01 Jan 1970 00:00:01 GMT";
 
+/// How long an answer waits for something to happen. Then it begins all the same, and the test says what is missing.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
 /// What is done to the answers for some paths. All rules that fit are applied, the first one first.
 #[derive(Debug, Clone)]
 pub struct Rule {
@@ -27,7 +30,7 @@ pub struct Rule {
 
 #[derive(Debug, Clone)]
 enum Change {
-    Demand(String),
+    Demand(String, u16),
     Status(u16),
     Header(String, String),
     Without(&'static str),
@@ -35,8 +38,18 @@ enum Change {
     Body(Arc<[u8]>),
     CutAt(usize),
     Delay(Duration),
+    Await(Event),
     NoRanges,
     HangUp,
+}
+
+/// What an answer can wait for.
+#[derive(Debug, Clone)]
+enum Event {
+    /// So many requests are there at the same time.
+    AtOnce(usize),
+    /// Another server was asked for the same.
+    Asked(Arc<State>),
 }
 
 impl Rule {
@@ -81,7 +94,13 @@ impl Rule {
     /// 401, and nothing more, to whoever does not say this in `Authorization`.
     #[must_use]
     pub fn demand(self, authorization: impl Into<String>) -> Self {
-        self.and(Change::Demand(authorization.into()))
+        self.demand_or(authorization, 401)
+    }
+
+    /// That status, and nothing more, to whoever does not say this in `Authorization`.
+    #[must_use]
+    pub fn demand_or(self, authorization: impl Into<String>, status: u16) -> Self {
+        self.and(Change::Demand(authorization.into(), status))
     }
 
     /// Another status, without a body.
@@ -126,6 +145,18 @@ impl Rule {
         self.and(Change::Delay(time))
     }
 
+    /// The answer begins when so many requests are there at the same time, or were before.
+    #[must_use]
+    pub fn once_at_once(self, requests: usize) -> Self {
+        self.and(Change::Await(Event::AtOnce(requests)))
+    }
+
+    /// The answer begins when another server was asked for the same.
+    #[must_use]
+    pub fn once_asked(self, other: &CacheServer) -> Self {
+        self.and(Change::Await(Event::Asked(Arc::clone(&other.state))))
+    }
+
     /// The whole file, whatever part of it was asked for.
     #[must_use]
     pub fn no_ranges(self) -> Self {
@@ -150,7 +181,7 @@ pub struct Seen {
     pub at: Instant,
     /// The status of the answer, once it began.
     pub status: u16,
-    /// How much of a body was sent.
+    /// How much of a body was sent, or was about to be.
     pub sent: usize,
 }
 
@@ -168,6 +199,7 @@ pub struct CacheServer {
     accepting: JoinHandle<()>,
 }
 
+#[derive(Debug)]
 struct State {
     dir: PathBuf,
     rules: Mutex<Vec<Rule>>,
@@ -252,6 +284,7 @@ struct Answer {
     body: Arc<[u8]>,
     cut_at: usize,
     delay: Duration,
+    awaits: Vec<Event>,
     ranges: bool,
     hang_up: bool,
 }
@@ -265,6 +298,7 @@ impl Answer {
             body: file.unwrap_or_default().into(),
             cut_at: usize::MAX,
             delay: Duration::ZERO,
+            awaits: Vec::new(),
             ranges: true,
             hang_up: false,
         }
@@ -278,9 +312,9 @@ impl Answer {
     /// Whether the next change is to be applied, too.
     fn apply(&mut self, change: Change, path: &str, asked: &BTreeMap<String, String>) -> bool {
         match change {
-            Change::Demand(authorization) => {
+            Change::Demand(authorization, status) => {
                 if asked.get("authorization") != Some(&authorization) {
-                    self.only(401);
+                    self.only(status);
                     return false;
                 }
             }
@@ -294,6 +328,7 @@ impl Answer {
             Change::Body(body) => (self.status, self.body) = (200, body),
             Change::CutAt(bytes) => self.cut_at = bytes,
             Change::Delay(time) => self.delay = time,
+            Change::Await(event) => self.awaits.push(event),
             Change::NoRanges => self.ranges = false,
             Change::HangUp => self.hang_up = true,
         }
@@ -367,7 +402,21 @@ impl State {
         let _ = changes.into_iter().all(|change| answer.apply(change, path, headers));
         answer.finish(headers);
         tokio::time::sleep(answer.delay).await;
+        for event in &answer.awaits {
+            self.wait_for(event, path).await;
+        }
         answer
+    }
+
+    async fn wait_for(&self, event: &Event, path: &str) {
+        let start = Instant::now();
+        let is_so = || match event {
+            Event::AtOnce(requests) => self.most.load(Ordering::Relaxed) >= *requests,
+            Event::Asked(other) => lock(&other.seen).iter().any(|seen| seen.target.ends_with(path)),
+        };
+        while !is_so() && start.elapsed() < LONGEST_WAIT {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Whether the connection can be used again.
@@ -381,8 +430,9 @@ impl State {
         connection.write_all((head + "\r\n").as_bytes()).await?;
         let sent = &answer.body[..answer.cut_at.min(answer.body.len())];
         for piece in sent.chunks(64 * 1024) {
-            connection.write_all(piece).await?;
+            // Whoever has received it finds it counted.
             lock(&self.seen)[number].sent += piece.len();
+            connection.write_all(piece).await?;
         }
         Ok(sent.len() == answer.body.len())
     }

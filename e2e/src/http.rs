@@ -1,37 +1,52 @@
 //! A static HTTP server on a loopback port: busybox, which ends with the value.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
+use tokio::net::TcpSocket;
 
 /// A server of one directory.
 pub struct StaticServer {
     child: Child,
     port: u16,
+    /// Bound to the port and never listening: nobody else gets it, neither before the server does nor after it.
+    _port: TcpSocket,
 }
 
 impl StaticServer {
     /// Serves `dir` until it is dropped.
     pub fn start(dir: &Path) -> Result<Self> {
-        // Free a moment ago; if somebody else takes it, the server does not come up and the test says so.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let reserved = TcpSocket::new_v4()?;
+        // As the server does: of two sockets that both allow it, one may listen.
+        reserved.set_reuseaddr(true)?;
+        reserved.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let port = reserved.local_addr()?.port();
         let child = Command::new("busybox")
             .args(["httpd", "-f", "-p", &format!("127.0.0.1:{port}"), "-h"])
             .arg(dir)
             .stdin(Stdio::null())
             .spawn()
             .context("busybox httpd; e2e/setup.sh installs it")?;
-        let server = Self { child, port };
-        for _ in 0..100 {
-            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
-                return Ok(server);
-            }
+        let mut server = Self { child, port, _port: reserved };
+        let start = Instant::now();
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            let ended = server.child.try_wait()?;
+            ensure!(ended.is_none(), "busybox httpd on port {port} ended: {ended:?}");
+            let waited = start.elapsed();
+            ensure!(waited < Duration::from_mins(1), "busybox httpd does not answer on port {port}");
             std::thread::sleep(Duration::from_millis(20));
         }
-        bail!("busybox httpd does not answer on port {port}")
+        Ok(server)
+    }
+
+    /// Ends the server. Its port stays refused as long as the value lives: another test's server may not get it.
+    pub fn stop(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
     }
 
     /// Its port on loopback.

@@ -18,11 +18,10 @@ use ring::rand::SystemRandom;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use tempfile::TempDir;
 
-const KEY_NAME: &str = "nix-csi-hostile-1";
-
 /// A directory that is a binary cache, with a key that signs whatever it is given.
 pub struct NarCache {
     dir: TempDir,
+    key_name: &'static str,
     key: Ed25519KeyPair,
 }
 
@@ -53,12 +52,17 @@ pub fn sha256(bytes: &[u8]) -> NarHash {
 impl NarCache {
     /// An empty cache with a new key.
     pub fn new() -> Result<Self> {
+        Self::with_key("nix-csi-hostile-1")
+    }
+
+    /// The same, with a key of that name.
+    pub fn with_key(key_name: &'static str) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         fs::create_dir(dir.path().join("nar"))?;
         fs::write(dir.path().join("nix-cache-info"), "StoreDir: /nix/store\n")?;
         let key = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
             .and_then(|key| Ok(Ed25519KeyPair::from_pkcs8(key.as_ref())?));
-        Ok(Self { dir, key: key.map_err(|_| anyhow::anyhow!("no new key"))? })
+        Ok(Self { dir, key_name, key: key.map_err(|_| anyhow::anyhow!("no new key"))? })
     }
 
     /// Where it is.
@@ -73,7 +77,7 @@ impl NarCache {
 
     /// The key that all of it is signed with.
     pub fn public_key(&self) -> String {
-        format!("{KEY_NAME}:{}", BASE64.encode(self.key.public_key().as_ref()))
+        format!("{}:{}", self.key_name, BASE64.encode(self.key.public_key().as_ref()))
     }
 
     /// Offers these bytes as they are, whether they are a NAR or not.
@@ -99,9 +103,10 @@ impl NarCache {
         fs::write(self.dir().join(format!("nar/{hash}.nar")), file)?;
         let info = format!(
             "StorePath: {path}\nURL: nar/{hash}.nar\nCompression: {compression}\nFileSize: {}\n\
-             NarHash: {nar_hash}\nNarSize: {nar_size}\nReferences: {}\nSig: {KEY_NAME}:{signature}\n",
+             NarHash: {nar_hash}\nNarSize: {nar_size}\nReferences: {}\nSig: {}:{signature}\n",
             file.len(),
             references.join(" "),
+            self.key_name,
         );
         fs::write(self.dir().join(format!("{hash}.narinfo")), info)?;
         Ok(path)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -50,13 +50,13 @@ pub fn wait_until_clean(root: &Path) -> Result<()> {
         }
         Ok(left)
     };
-    for _ in 0..100 {
-        if left()?.is_empty() {
+    let start = Instant::now();
+    loop {
+        let left = left()?;
+        if left.is_empty() {
             return Ok(());
         }
+        ensure!(start.elapsed() < Duration::from_mins(1), "left: {left:?}");
         std::thread::sleep(Duration::from_millis(100));
     }
-    let left = left()?;
-    ensure!(left.is_empty(), "left: {left:?}");
-    Ok(())
 }

@@ -245,7 +245,9 @@ async fn what_nix_writes_we_go_on_with(#[case] release: &str) -> Result<()> {
     let expected = setup.closure(&more)?;
     let closure = ours.fetch(&setup.paths(&more)?).await?;
     assert_eq!(closure.paths, expected.iter().cloned().collect::<Vec<_>>());
-    assert_eq!(closure.fetched, expected.difference(&there).count());
+    let (fetched, missing): (BTreeSet<_>, BTreeSet<_>) =
+        (closure.fetched.iter().collect(), expected.difference(&there).collect());
+    assert_eq!(fetched, missing);
     setup.nix.verify(ours.root.path())?;
     same_trees(&closure.paths, ours.root.path(), &setup.fixtures.store())?;
 

@@ -6,6 +6,7 @@
 
 mod syscalls;
 
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -92,6 +93,23 @@ fn overlay(view: &Path, upper: &Path, work: &Path, target: &Path) -> Result<(), 
         .map_err(fail("attach the overlay at", target))
 }
 
+/// Which entries of `dir` the table of mounts names: what is mounted from there, and what lies below an overlay.
+pub fn names_below(dir: &Path) -> Result<HashSet<String>, MountError> {
+    let table = Path::new("/proc/self/mountinfo");
+    let text = std::fs::read_to_string(table).map_err(fail("read", table))?;
+    let Some(dir) = dir.file_name().and_then(|name| name.to_str()) else { return Ok(HashSet::new()) };
+    Ok(names_in(&text, dir))
+}
+
+/// The name behind each `/<dir>/`. A mount's source is told from the root of its filesystem, so what stands before
+/// `dir` is not known.
+fn names_in(table: &str, dir: &str) -> HashSet<String> {
+    let marker = format!("/{dir}/");
+    let parts = table.split(&marker).skip(1);
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    parts.map(|rest| rest.split(|c| !is_of_name(c)).next().unwrap_or_default().to_owned()).collect()
+}
+
 /// Whether something is mounted exactly here. A missing path is not a mount.
 ///
 /// Asks the kernel for the attribute: comparing devices would miss a bind mount within one filesystem.
@@ -122,5 +140,22 @@ pub fn unmount_and_remove(target: &Path) -> Result<(), MountError> {
     match std::fs::remove_dir(target) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail("remove", target)(error)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_below_mounts_is_found() {
+        let table = "\
+            36 35 98:0 /var/lib/nix-csi/views/abc /pods/1/mount ro,nosuid - ext4 /dev/sda rw\n\
+            37 35 0:40 / /pods/2/mount rw - overlay nix-csi rw,lowerdir=/var/lib/nix-csi/views/def,upperdir=/var/lib/nix-csi/volumes/x/upper\n\
+            38 35 98:1 /views/abc.retired-1f-2 /pods/3/mount ro - ext4 /dev/sdb rw\n\
+            39 35 98:1 /previews/none /x ro - ext4 /dev/sdb rw\n";
+        let mut names: Vec<_> = names_in(table, "views").into_iter().collect();
+        names.sort();
+        assert_eq!(names, ["abc", "abc.retired-1f-2", "def"]);
     }
 }

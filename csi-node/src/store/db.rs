@@ -8,9 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{io, str::FromStr as _};
 
 use nix_csi_store::{ContentAddress, NarHash, NarInfo, StorePath};
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 use rustix::fs::FlockOperation;
 
+use super::graph::Graph;
 use super::layout::Layout;
 use crate::path_error::PathError;
 
@@ -287,6 +288,66 @@ impl Database {
             });
         }
         Ok(infos)
+    }
+
+    /// All valid paths, and what they refer to.
+    pub(super) fn graph(&self) -> Result<Graph, DatabaseError> {
+        let connection = locked(&self.reader);
+        // One point in time for both questions.
+        let transaction = Transaction::new_unchecked(&connection, TransactionBehavior::Deferred)?;
+        let mut nodes = Vec::new();
+        let mut numbers = HashMap::new();
+        let mut query = transaction.prepare_cached("select id, path, narSize from ValidPaths order by id")?;
+        let mut rows = query.query([])?;
+        while let Some(row) = rows.next()? {
+            numbers.insert(row.get::<_, i64>(0)?, nodes.len());
+            let size: Option<i64> = row.get(2)?;
+            nodes.push((store_path(&row.get::<_, String>(1)?)?, size.unwrap_or_default().cast_unsigned()));
+        }
+        let mut query = transaction.prepare_cached("select referrer, reference from Refs")?;
+        let edges = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let edges: Vec<(i64, i64)> = edges.collect::<Result<_, _>>()?;
+        let edges = edges.iter().filter_map(|(from, to)| Some((*numbers.get(from)?, *numbers.get(to)?)));
+        Ok(Graph::new(nodes, edges))
+    }
+
+    /// Makes those of `paths` invalid that nothing else refers to but others of them. Gives them back.
+    pub(super) fn delete(&self, paths: &[StorePath]) -> Result<Vec<StorePath>, DatabaseError> {
+        if paths.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut connection = locked(&self.writer);
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let doomed: Vec<String> = {
+            // What stays refers to some of them perhaps: those stay too, with all that they refer to.
+            let mut query = transaction.prepare(
+                "with recursive Doomed(id) as materialized (
+                     select id from ValidPaths where path in (select value from json_each(?))),
+                 Needed(id) as (
+                     select reference from Refs
+                         where reference in (select id from Doomed) and referrer not in (select id from Doomed)
+                     union
+                     select reference from Refs join Needed on referrer = Needed.id)
+                 select path from ValidPaths join Doomed using (id)
+                     where id not in (select id from Needed) order by id",
+            )?;
+            let rows = query.query_map([json(paths)], |row| row.get(0))?;
+            rows.collect::<Result<_, _>>()?
+        };
+        {
+            let mut forget = transaction.prepare_cached(
+                "delete from Refs where referrer = (select id from ValidPaths where path = ?)",
+            )?;
+            let mut delete = transaction.prepare_cached("delete from ValidPaths where path = ?")?;
+            for path in &doomed {
+                forget.execute([path])?;
+            }
+            for path in &doomed {
+                delete.execute([path])?;
+            }
+        }
+        transaction.commit()?;
+        doomed.iter().map(|path| store_path(path)).collect()
     }
 
     /// Makes `paths` invalid, and all that refer to them. Gives back all that were valid.

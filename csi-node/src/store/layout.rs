@@ -161,6 +161,11 @@ impl Layout {
         self.root.join("volumes")
     }
 
+    /// When which view was used last.
+    pub fn usage(&self) -> PathBuf {
+        self.root.join("used.json")
+    }
+
     pub(super) fn provenance(&self) -> PathBuf {
         self.root.join("provenance.sqlite")
     }

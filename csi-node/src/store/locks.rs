@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use nix_csi_store::StorePath;
 use rustix::fs::FlockOperation;
@@ -31,10 +32,9 @@ impl PathLocks {
         Ok(locks)
     }
 
-    /// Lets go of them in another thread: they keep nobody but others from these paths.
-    pub(super) fn release_later(self) {
-        // Without a thread they go here.
-        let _ = std::thread::Builder::new().name("unlock".to_owned()).spawn(move || drop(self));
+    /// Lets go of them in another thread: they keep nobody but others from these paths. Without a thread they go here.
+    pub(super) fn release_later(self) -> Option<JoinHandle<()>> {
+        std::thread::Builder::new().name("unlock".to_owned()).spawn(move || drop(self)).ok()
     }
 }
 
@@ -54,7 +54,9 @@ pub(super) fn lock_fresh(path: &Path, operation: FlockOperation) -> io::Result<F
         let file =
             File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         rustix::fs::flock(&file, operation)?;
-        if file.metadata()?.size() == 0 {
+        // On a full disk it stays empty, but not linked.
+        let found = file.metadata()?;
+        if found.size() == 0 && found.nlink() > 0 {
             return Ok(file);
         }
     }

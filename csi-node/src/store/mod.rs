@@ -14,8 +14,10 @@
 //! **Invariant:** a path is in the database only after every byte of it was verified and is in its place.
 //! **Invariant:** paths in the database and in roots are logical (`/nix/store/…`), never `<root>/…`.
 
+mod collect;
 mod db;
 mod durable;
+mod graph;
 mod layout;
 mod locks;
 mod provenance;
@@ -27,12 +29,15 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use nix_csi_store::{NarHash, StorePath};
 use rustix::fs::CWD;
 
+pub use collect::Collected;
 pub use db::{DatabaseError, PathInfo};
+pub use graph::Graph;
 pub use layout::{Layout, OpenError, RootLock};
 pub use provenance::{Origin, ProvenanceError};
 pub use roots::TempRoots;
@@ -70,6 +75,8 @@ pub struct NodeStore {
     staging: Staging,
     durable: Durable,
     known: Known,
+    /// Threads that give path locks back.
+    unlocking: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl NodeStore {
@@ -82,7 +89,7 @@ impl NodeStore {
         let staging = Staging::open(layout.staging(), trash.clone())
             .map_err(PathError::on("open", &layout.staging()))?;
         let (durable, known) = Durable::open(layout.root()).map_err(PathError::on("open", layout.root()))?;
-        Ok(Self { layout, db, provenance, trash, staging, durable, known })
+        Ok(Self { layout, db, provenance, trash, staging, durable, known, unlocking: Mutex::default() })
     }
 
     /// Where things are.
@@ -158,7 +165,7 @@ impl NodeStore {
             })?;
         }
         self.db.register(&fresh.iter().map(|staged| &staged.info).collect::<Vec<_>>())?;
-        locks.release_later();
+        self.unlocking.lock().unwrap_or_else(PoisonError::into_inner).extend(locks.release_later());
         Ok(())
     }
 
@@ -245,8 +252,14 @@ impl NodeStore {
         self.db.references(paths)
     }
 
-    /// Waits until all that is registered now is on the disk, and remembers that it is.
+    /// Waits until all that is registered now is on the disk, and remembers that it is. No lock of a path that was
+    /// registered before is left then.
     pub fn sync(&self) -> Result<(), RegisterError> {
+        let unlocking = std::mem::take(&mut *self.unlocking.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in unlocking {
+            // One that panicked has given its locks back too.
+            let _ = thread.join();
+        }
         let row = self.db.last_row()?;
         if self.durable.covers(row) {
             return Ok(());

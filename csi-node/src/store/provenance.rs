@@ -6,6 +6,7 @@
 //! **Invariant:** a path that only a volume's own credentials could fetch is marked as private, on the disk, before
 //! it is valid. So there is no moment, and no power cut, after which it looks like everybody's.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -125,6 +126,16 @@ impl Provenance {
             .prepare_cached("select cache, key, private from Provenance where path = ?")
             .and_then(|mut query| query.query_row([path.base_name()], origin).optional())
             .map_err(|source| self.failed(source))
+    }
+
+    /// The base names of all paths that are written down.
+    pub(super) fn names(&self) -> Result<HashSet<String>, ProvenanceError> {
+        let connection = self.locked();
+        let names = || {
+            let mut query = connection.prepare_cached("select path from Provenance")?;
+            query.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()
+        };
+        names().map_err(|source| self.failed(source))
     }
 
     /// Those of `paths` that are private and not granted to `namespace`.

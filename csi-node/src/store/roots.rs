@@ -1,6 +1,7 @@
 //! What keeps paths from a collector, ours or Nix's: temporary roots while something is being done with
 //! them, permanent ones as long as a view holds them.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, symlink};
@@ -126,6 +127,76 @@ pub(super) fn remove_stale_temporary(layout: &Layout) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What stands in temporary roots, of this process and of any other. Stale ones are believed too.
+pub(super) fn temporary(layout: &Layout) -> io::Result<HashSet<StorePath>> {
+    let mut found = HashSet::new();
+    for entry in fs::read_dir(layout.temp_roots())? {
+        let text = match fs::read(entry?.path()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            read => read?,
+        };
+        let names = text.split(|byte| *byte == 0).filter_map(|path| std::str::from_utf8(path).ok());
+        found.extend(names.filter_map(|path| path.parse::<StorePath>().ok()));
+    }
+    Ok(found)
+}
+
+/// What permanent roots name, those of views set aside: `nix build --out-link`, profiles, whatever an administrator
+/// has made. One that leads out of what this process sees keeps nothing, as in Nix.
+pub(super) fn permanent(layout: &Layout) -> io::Result<Vec<StorePath>> {
+    let mut found = Vec::new();
+    let mut open = vec![layout.state_dir().join("gcroots"), layout.state_dir().join("profiles")];
+    while let Some(dir) = open.pop() {
+        let entries = match fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let at = entry.path();
+            if entry.file_type()?.is_dir() && at != layout.view_roots() {
+                open.push(at);
+            } else if entry.file_type()?.is_symlink() {
+                found.extend(target_of(&at, 8));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The store path that a symlink leads to, over others.
+fn target_of(link: &Path, steps: usize) -> Option<StorePath> {
+    let target = fs::read_link(link).ok()?;
+    if let Some(path) = target.to_str().and_then(|target| {
+        let name = target.strip_prefix("/nix/store/")?.split('/').next()?;
+        StorePath::from_base_name(name).ok()
+    }) {
+        return Some(path);
+    }
+    let next = link.parent()?.join(target);
+    if steps == 0 { None } else { target_of(&next, steps - 1) }
+}
+
+/// The roots of views, by view.
+pub(super) fn of_views(dir: &Path) -> io::Result<HashMap<String, Vec<StorePath>>> {
+    let mut views = HashMap::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let Ok(view) = entry.file_name().into_string() else { continue };
+        let links = match fs::read_dir(entry.path()) {
+            // Removed in this moment.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            links => links?,
+        };
+        let mut roots = Vec::new();
+        for link in links {
+            roots.extend(target_of(&link?.path(), 0));
+        }
+        views.insert(view, roots);
+    }
+    Ok(views)
 }
 
 /// `gcroots/nix-csi/<view>/<n>`: symlinks to logical paths. A physical one would silently not count.

@@ -83,9 +83,15 @@ pub struct Staged {
     pub(super) at: PathBuf,
     /// Whether it is a directory: then it is still writable to its owner, so that it can be moved.
     pub(super) is_dir: bool,
-    pub(super) is_moved: AtomicBool,
-    is_recorded: AtomicBool,
+    state: Mutex<State>,
     trash: Trash,
+}
+
+/// What became of a staged path.
+#[derive(Clone, Copy)]
+struct State {
+    is_moved: bool,
+    is_recorded: bool,
 }
 
 impl std::fmt::Debug for Staged {
@@ -138,8 +144,7 @@ impl Staging {
             origin,
             at,
             is_dir,
-            is_moved: AtomicBool::new(false),
-            is_recorded: AtomicBool::new(is_recorded),
+            state: Mutex::new(State { is_moved: false, is_recorded }),
             trash: self.0.trash.clone(),
         }
     }
@@ -220,7 +225,9 @@ impl Drop for Place {
 impl Staged {
     /// Writes down that the path is verified, so that it survives this process. Once is enough.
     pub fn record(&self) -> io::Result<()> {
-        if self.is_moved.load(Ordering::Acquire) || self.is_recorded.swap(true, Ordering::AcqRel) {
+        // Held until it is written: whoever moves the path meanwhile removes the record after that.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.is_moved || state.is_recorded {
             return Ok(());
         }
         let record = Record {
@@ -229,13 +236,15 @@ impl Staged {
             nar_hash: self.info.nar_hash.to_string(),
             is_dir: self.is_dir,
         };
+        state.is_recorded = true;
         fs::write(record_of(&self.at), serde_json::to_vec(&record)?)
     }
 
     /// It is in the store now.
     pub(super) fn moved(&self) {
-        self.is_moved.store(true, Ordering::Release);
-        if self.is_recorded.load(Ordering::Acquire) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.is_moved = true;
+        if state.is_recorded {
             let _ = fs::remove_file(record_of(&self.at));
         }
     }
@@ -243,8 +252,9 @@ impl Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        if !*self.is_moved.get_mut() {
-            discard(&self.trash, &self.at, *self.is_recorded.get_mut());
+        let State { is_moved, is_recorded } = *self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !is_moved {
+            discard(&self.trash, &self.at, is_recorded);
         }
     }
 }

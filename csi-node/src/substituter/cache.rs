@@ -48,6 +48,8 @@ struct Cache {
     connections: Budget,
     info: tokio::sync::Mutex<Option<Known>>,
     health: Mutex<Health>,
+    /// What led to its last pause.
+    reason: Mutex<Arc<str>>,
     missing: Mutex<HashMap<StorePath, Instant>>,
 }
 
@@ -91,6 +93,7 @@ impl BinaryCache {
             connections: Budget::new(connections.max(1), 8),
             info: tokio::sync::Mutex::default(),
             health: Mutex::default(),
+            reason: Mutex::default(),
             missing: Mutex::default(),
         }))
     }
@@ -108,6 +111,7 @@ impl BinaryCache {
             connections: self.0.connections.clone(),
             info: tokio::sync::Mutex::default(),
             health: Mutex::default(),
+            reason: Mutex::default(),
             missing: Mutex::default(),
         })))
     }
@@ -128,8 +132,10 @@ impl BinaryCache {
         let mut known = self.0.info.lock().await;
         let is_old = |known: &Known| known.until.is_some_and(|until| until < Instant::now());
         if known.as_ref().is_none_or(is_old) {
+            // Waiting for the others' questions is not the cache's fault.
+            let connection = self.connection(owner, Urgency::Question).await;
             let start = Instant::now();
-            let asked = self.small(owner, "nix-cache-info", info::MAX_LEN);
+            let asked = self.small(connection, "nix-cache-info", info::MAX_LEN);
             let (said, until) = match tokio::time::timeout(ANSWERED, asked).await {
                 Ok(Ok(Some(text))) => (CacheInfo::parse(&String::from_utf8_lossy(&text)), None),
                 Ok(Ok(None)) => (Ok(CacheInfo::default()), None),
@@ -163,7 +169,8 @@ impl BinaryCache {
             return Ok(None);
         }
         let file = format!("{}.narinfo", path.hash());
-        let Some(body) = self.small(owner, &file, MAX_NARINFO).await? else {
+        let connection = self.connection(owner, Urgency::Question).await;
+        let Some(body) = self.small(connection, &file, MAX_NARINFO).await? else {
             self.remember_missing(path);
             return Ok(None);
         };
@@ -220,6 +227,9 @@ impl BinaryCache {
         if !error.is_of_whole_cache() {
             return;
         }
+        let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+        let reason = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        *self.0.reason.lock().unwrap_or_else(PoisonError::into_inner) = reason.into();
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).failed(Instant::now());
     }
 
@@ -227,9 +237,13 @@ impl BinaryCache {
         self.0.connections.acquire(owner, urgency, 1).await
     }
 
-    /// A whole file of at most `limit` bytes.
-    async fn small(&self, owner: Owner, file: &str, limit: usize) -> Result<Option<Vec<u8>>, CacheError> {
-        let _connection = self.connection(owner, Urgency::Question).await;
+    /// A whole file of at most `limit` bytes, over that connection.
+    async fn small(
+        &self,
+        _connection: Share,
+        file: &str,
+        limit: usize,
+    ) -> Result<Option<Vec<u8>>, CacheError> {
         let too_long = |url| CacheError::TooLong { url, limit };
         match &self.0.place {
             Place::Directory(directory) => {
@@ -242,23 +256,36 @@ impl BinaryCache {
             }
             Place::Http { base, .. } => {
                 let url = join(base, file)?;
-                let Some(mut response) = self.get(&url, &accept("identity")).await? else { return Ok(None) };
-                let encoding = transfer::encoding(&url, response.headers())?;
-                let mut body = Vec::new();
-                while let Some(chunk) =
-                    response.chunk().await.map_err(|source| CacheError::unreachable(&url, source))?
-                {
-                    body.extend_from_slice(&chunk);
-                    if body.len() > limit {
-                        return Err(too_long(public(&url)));
-                    }
-                }
+                let Some((encoding, body)) = self.body(&url, limit).await? else { return Ok(None) };
                 let Some(encoding) = encoding else { return Ok(Some(body)) };
                 let mut decoded = Vec::new();
                 decoder(encoding, &body[..], SMALL_MEMORY)
                     .and_then(|decoder| decoder.take(limit as u64 + 1).read_to_end(&mut decoded))
                     .map_err(|source| CacheError::Undecodable { url: public(&url), source })?;
                 if decoded.len() > limit { Err(too_long(public(&url))) } else { Ok(Some(decoded)) }
+            }
+        }
+    }
+
+    /// The same, as it came. An answer that is cut is asked for again.
+    async fn body(
+        &self,
+        url: &Url,
+        limit: usize,
+    ) -> Result<Option<(Option<Compression>, Vec<u8>)>, CacheError> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let Some(response) = self.get(url, &accept("identity")).await? else { return Ok(None) };
+            let encoding = transfer::encoding(url, response.headers())?;
+            match whole(url, response, limit).await {
+                Ok(body) => return Ok(Some((encoding, body))),
+                Err(error) if !error.is_temporary() => return Err(error),
+                Err(error) if attempt >= self.0.attempts => {
+                    self.failed(&error);
+                    return Err(error);
+                }
+                Err(error) => tokio::time::sleep(retry_after(&error, attempt)).await,
             }
         }
     }
@@ -318,7 +345,8 @@ impl BinaryCache {
         let Place::Http { base, client, logins } = &self.0.place else { return Ok(None) };
         if let Some(pause) = self.pause() {
             let seconds = pause.as_secs() + 1;
-            return Err(CacheError::Paused { cache: self.name().to_string(), seconds });
+            let reason = Arc::clone(&self.0.reason.lock().unwrap_or_else(PoisonError::into_inner));
+            return Err(CacheError::Paused { cache: self.name().to_string(), seconds, reason });
         }
         let mut request = client.get(url.clone()).headers(headers.clone());
         // A narinfo may name any address, and no signature covers it.
@@ -345,6 +373,25 @@ impl BinaryCache {
                 Err(CacheError::Status { url: url(), status, after })
             }
         }
+    }
+}
+
+/// The body of an answer, if all of it comes and it is not longer than `limit`.
+async fn whole(url: &Url, mut response: Response, limit: usize) -> Result<Vec<u8>, CacheError> {
+    let expected = transfer::length(response.headers());
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|source| CacheError::unreachable(url, source))? {
+        body.extend_from_slice(&chunk);
+        if body.len() > limit {
+            return Err(CacheError::TooLong { url: public(url), limit });
+        }
+    }
+    let received = body.len() as u64;
+    match expected {
+        Some(expected) if received < expected => {
+            Err(CacheError::Cut { url: public(url), received, expected })
+        }
+        _ => Ok(body),
     }
 }
 

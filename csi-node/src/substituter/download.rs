@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::budget::Share;
 use super::cache::{ON_THE_WAY, retry_after};
-use super::error::FetchError;
+use super::error::{CacheError, FetchError};
 use super::fair::Owner;
 use super::fetch::Engine;
 use super::flight::Shown;
@@ -85,7 +85,8 @@ impl Engine {
         shown: &Shown,
     ) -> Result<Staged, FetchError> {
         let mut failed = Vec::new();
-        let mut attempt = 0;
+        // A cache that is left alone because of others was not tried: that is counted apart.
+        let (mut attempt, mut pauses) = (0, 0);
         loop {
             // What proves itself by its content is looked at again in any case.
             if !matches!(source.proof, Proof::Content(_))
@@ -107,6 +108,9 @@ impl Engine {
             if let FetchError::Download { source: cause, .. } = &error
                 && cause.is_temporary()
             {
+                if matches!(cause, CacheError::Paused { .. }) && pauses < source.cache.attempts() {
+                    (attempt, pauses) = (attempt - 1, pauses + 1);
+                }
                 if attempt < source.cache.attempts() {
                     // A cache that is left alone for a moment need not end what was half done.
                     let pause = source.cache.pause().unwrap_or_default().max(retry_after(cause, attempt));
@@ -119,7 +123,9 @@ impl Engine {
             let next = look_up(caches, &self.trust, owner, &source.info.path, &failed).await;
             match next {
                 // What was walked already must be what arrives.
-                Ok(next) if next.info.references == source.info.references => (source, attempt) = (next, 0),
+                Ok(next) if next.info.references == source.info.references => {
+                    (source, attempt, pauses) = (next, 0, 0);
+                }
                 _ => return Err(error),
             }
         }

@@ -24,6 +24,16 @@ pub enum CacheError {
         /// What went wrong.
         source: reqwest::Error,
     },
+    /// The answer ended early, and nobody said that it did: HTTP/2 can do that.
+    #[error("{url} ended after {received} of {expected} bytes")]
+    Cut {
+        /// What was asked for.
+        url: String,
+        /// How much came.
+        received: u64,
+        /// How much was announced.
+        expected: u64,
+    },
     /// An answer that does not help.
     #[error("{url} answered {status}")]
     Status {
@@ -89,12 +99,14 @@ pub enum CacheError {
         found: String,
     },
     /// It failed as often as it was asked, and is asked again later.
-    #[error("{cache} failed and is asked again in {seconds} s")]
+    #[error("{cache} failed and is asked again in {seconds} s: {reason}")]
     Paused {
         /// The cache.
         cache: String,
         /// When.
         seconds: u64,
+        /// How it failed.
+        reason: Arc<str>,
     },
     /// Compressed on the way, and not to be decompressed.
     #[error("cannot decompress {url}")]
@@ -128,7 +140,7 @@ impl CacheError {
     /// Whether other questions will fare no better now. A server that fails at one file may have all others.
     pub(super) fn is_of_whole_cache(&self) -> bool {
         match self {
-            Self::Unreachable { .. } => true,
+            Self::Unreachable { .. } | Self::Cut { .. } => true,
             Self::Status { status, .. } => matches!(status.as_u16(), 429 | 502 | 503 | 504),
             _ => false,
         }
@@ -139,7 +151,7 @@ impl CacheError {
         match self {
             // Where redirects do not end, asking again does not either.
             Self::Unreachable { source, .. } => !source.is_redirect() && !source.is_builder(),
-            Self::Paused { .. } => true,
+            Self::Paused { .. } | Self::Cut { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
             }

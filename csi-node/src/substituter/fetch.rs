@@ -71,6 +71,8 @@ pub struct Closure {
     pub paths: Vec<StorePath>,
     /// Those of them that had to be fetched.
     pub fetched: HashSet<StorePath>,
+    /// The bytes of the NARs of those.
+    pub bytes: u64,
     /// How long their registration took, all parts of it together.
     pub registering: Duration,
     _roots: TempRoots,
@@ -178,10 +180,10 @@ impl Substituter {
         let registered = walk.register().await;
         walked?;
         registered?;
-        let Walk { pins, registered, registering, .. } = walk;
+        let Walk { pins, registered, registering, bytes_done, .. } = walk;
         let roots = roots.to_vec();
         let paths = self.blocking(move |store| store.closure(&roots)).await??.ok_or(FetchError::Stopped)?;
-        Ok(Closure { paths, fetched: registered, registering, _roots: pins })
+        Ok(Closure { paths, fetched: registered, bytes: bytes_done, registering, _roots: pins })
     }
 
     /// Fetches one path into staging, although it may be valid.
@@ -201,6 +203,9 @@ impl Substituter {
     }
 }
 
+/// A path that was restored, with its flight: so nobody else fetches it until it is registered.
+type Arrived = (Arc<Staged>, Option<Arc<Flight>>);
+
 /// One closure while it is being fetched.
 struct Walk<'a> {
     substituter: &'a Substituter,
@@ -210,7 +215,7 @@ struct Walk<'a> {
     /// Needed, and not here yet.
     fetching: HashMap<StorePath, Arc<Flight>>,
     /// Restored, and not registered yet.
-    arrived: HashMap<StorePath, Arc<Staged>>,
+    arrived: HashMap<StorePath, Arrived>,
     registered: HashSet<StorePath>,
     registering: Duration,
     bytes_total: u64,
@@ -265,8 +270,8 @@ impl Walk<'_> {
                 Some(path) = staged.next() => {
                     let path = path.map_err(FetchError::Shared)?;
                     self.bytes_done += path.info.nar_size;
-                    self.fetching.remove(&path.info.path);
-                    self.arrived.insert(path.info.path.clone(), path);
+                    let flight = self.fetching.remove(&path.info.path);
+                    self.arrived.insert(path.info.path.clone(), (path, flight));
                 }
                 _ = part.tick() => self.register().await?,
                 _ = told.tick() => { progress.send_replace(self.progress()); }
@@ -308,19 +313,20 @@ impl Walk<'_> {
     /// it outlives this process.
     async fn register(&mut self) -> Result<(), FetchError> {
         let references: HashMap<_, _> =
-            self.arrived.iter().map(|(path, staged)| (path, &staged.info.references[..])).collect();
+            self.arrived.iter().map(|(path, (staged, _))| (path, &staged.info.references[..])).collect();
         // What was seen, and neither is on its way nor has arrived, is valid.
         let is_valid = |path: &StorePath| self.seen.contains(path) && !self.fetching.contains_key(path);
         let ready: HashSet<StorePath> = closed(&references, is_valid).into_iter().cloned().collect();
         let (ready, waiting): (Vec<_>, Vec<_>) =
             self.arrived.drain().partition(|(path, _)| ready.contains(path));
         self.arrived.extend(waiting);
-        let waiting: Vec<_> = self.arrived.values().cloned().collect();
+        let waiting: Vec<_> = self.arrived.values().map(|(staged, _)| Arc::clone(staged)).collect();
         if ready.is_empty() && waiting.is_empty() {
             return Ok(());
         }
         let start = std::time::Instant::now();
         let (paths, ready): (Vec<_>, Vec<_>) = ready.into_iter().unzip();
+        let registering: Vec<_> = ready.iter().map(|(staged, _): &Arrived| Arc::clone(staged)).collect();
         self.substituter
             .blocking(move |store| {
                 for staged in waiting {
@@ -328,7 +334,7 @@ impl Walk<'_> {
                         tracing::warn!(%error, path = %staged.info.path, "cannot record what was restored");
                     }
                 }
-                if ready.is_empty() { Ok(()) } else { store.register(&ready) }
+                if registering.is_empty() { Ok(()) } else { store.register(&registering) }
             })
             .await??;
         self.registered.extend(paths);

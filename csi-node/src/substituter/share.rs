@@ -5,13 +5,14 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use nix_csi_store::StorePath;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tracing::Instrument as _;
 
 use super::error::FetchError;
@@ -24,6 +25,28 @@ type Outcome = Result<Arc<Closure>, Arc<FetchError>>;
 struct Running {
     outcome: Shared<BoxFuture<'static, Outcome>>,
     progress: watch::Receiver<Progress>,
+    task: AbortHandle,
+}
+
+/// How long a fetch goes on that nobody waits for. Kubelet asks again within two minutes, as long as there is a pod.
+const WANTED: Duration = Duration::from_mins(5);
+
+/// Who wants which fetch, and until when. By the clock that nobody sets.
+#[derive(Default)]
+struct Leases(HashMap<String, (Key, Instant)>);
+
+impl Leases {
+    fn renew(&mut self, who: &str, key: &Key, now: Instant) {
+        self.0.insert(who.to_owned(), (key.clone(), now + WANTED));
+    }
+
+    fn expire(&mut self, now: Instant) {
+        self.0.retain(|_, (_, until)| *until > now);
+    }
+
+    fn wants(&self, key: &Key) -> bool {
+        self.0.values().any(|(wanted, _)| wanted == key)
+    }
 }
 
 /// How long it is remembered what caches answered to credentials, and the credentials themselves.
@@ -39,6 +62,7 @@ pub struct Fetches {
     /// With those of volumes, and when they were last asked for.
     others: Arc<Mutex<HashMap<CredentialsId, (Substituter, Instant)>>>,
     running: Arc<Mutex<HashMap<Key, Running>>>,
+    leases: Arc<Mutex<Leases>>,
 }
 
 /// How a fetch is, when the patience of a call is at its end.
@@ -52,7 +76,7 @@ pub enum Waited {
 impl Fetches {
     /// No fetches yet.
     pub fn new(substituter: Substituter) -> Self {
-        Self { substituter, others: Arc::default(), running: Arc::default() }
+        Self { substituter, others: Arc::default(), running: Arc::default(), leases: Arc::default() }
     }
 
     /// The substituter for whoever has `credentials`, or none of their own.
@@ -67,15 +91,17 @@ impl Fetches {
     }
 
     /// Joins the fetch of `roots` with the same credentials, or begins it, and waits until it ends or `patience` does.
+    /// The fetch goes on for `who`, also after this was dropped: until it is released, or has not asked for too long.
     pub async fn wait(
         &self,
+        who: &str,
         credentials: Option<&Credentials>,
         roots: &[StorePath],
         patience: impl Future<Output = ()>,
     ) -> Result<Waited, FetchError> {
-        let running = self.join(credentials, roots);
+        let running = self.join(who, credentials, roots);
         tokio::select! {
-            outcome = running.outcome.clone() => match outcome {
+            outcome = running.outcome.clone() => match self.ended(who, outcome) {
                 Ok(closure) => Ok(Waited::Done(closure)),
                 Err(error) => Err(FetchError::Shared(error)),
             },
@@ -83,7 +109,45 @@ impl Fetches {
         }
     }
 
-    fn join(&self, credentials: Option<&Credentials>, roots: &[StorePath]) -> Running {
+    /// `who` does not want its fetch any more. One that nobody wants ends; what has arrived of it stays.
+    pub fn release(&self, who: &str) {
+        let released = self.leases().0.remove(who);
+        if let Some((key, _)) = released {
+            self.end_unless_wanted(&key);
+        }
+    }
+
+    /// Ends the fetches that nobody has asked for in a while.
+    pub fn end_unwanted(&self) {
+        self.leases().expire(Instant::now());
+        let running: Vec<_> =
+            self.running.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+        for key in running {
+            self.end_unless_wanted(&key);
+        }
+    }
+
+    fn end_unless_wanted(&self, key: &Key) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock that `join` holds while it takes a lease: nobody joins what ends here.
+        if !self.leases().wants(key)
+            && let Some(fetch) = running.remove(key)
+        {
+            tracing::info!(progress = %*fetch.progress.borrow(), "nobody wants this fetch any more");
+            fetch.task.abort();
+        }
+    }
+
+    fn ended<T>(&self, who: &str, outcome: T) -> T {
+        self.leases().0.remove(who);
+        outcome
+    }
+
+    fn leases(&self) -> MutexGuard<'_, Leases> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn join(&self, who: &str, credentials: Option<&Credentials>, roots: &[StorePath]) -> Running {
         // The order matters to a view, not to a fetch.
         let mut key = roots.to_vec();
         key.sort_unstable();
@@ -92,6 +156,7 @@ impl Fetches {
         let key = (credentials.map(|credentials| credentials.id), roots);
         let substituter = self.substituter(credentials);
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        self.leases().renew(who, &key, Instant::now());
         if let Some(fetch) = running.get(&key) {
             return fetch.clone();
         }
@@ -106,9 +171,28 @@ impl Fetches {
             }
             .in_current_span(),
         );
+        let abort = task.abort_handle();
         let outcome = task.map(|joined| joined.unwrap_or_else(|_| Err(Arc::new(FetchError::Stopped))));
-        let fetch = Running { outcome: outcome.boxed().shared(), progress };
+        let fetch = Running { outcome: outcome.boxed().shared(), progress, task: abort };
         running.insert(key, fetch.clone());
         fetch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_lasts_until_nobody_has_asked_for_five_minutes() {
+        let key: Key = (None, Box::default());
+        let now = Instant::now();
+        let mut leases = Leases::default();
+        leases.renew("a", &key, now);
+        leases.renew("b", &key, now + WANTED / 2);
+        leases.expire(now + WANTED);
+        assert!(leases.wants(&key) && leases.0.len() == 1, "b asked later");
+        leases.expire(now + WANTED * 2);
+        assert!(!leases.wants(&key));
     }
 }

@@ -34,6 +34,8 @@ struct Http {
     /// What says that a later answer is about the same bytes.
     validator: Option<HeaderValue>,
     received: u64,
+    /// Where it ends, if the server said so. A stream of HTTP/2 that is reset without an error looks like one that ends.
+    end: Option<u64>,
     resumed: u32,
 }
 
@@ -50,7 +52,8 @@ impl Transfer {
     ) -> Result<Self, CacheError> {
         let encoding = encoding(&url, response.headers())?;
         let validator = validator(response.headers());
-        let http = Http { cache, url, response, encoding, validator, received: 0, resumed: 0 };
+        let end = length(response.headers());
+        let http = Http { cache, url, response, encoding, validator, received: 0, end, resumed: 0 };
         Ok(Self { source: Source::Http(Box::new(http)), _connection: connection })
     }
 
@@ -79,27 +82,37 @@ impl Transfer {
 impl Http {
     async fn chunk(&mut self) -> Result<Option<Bytes>, CacheError> {
         loop {
-            match self.response.chunk().await {
+            let mut error = match self.response.chunk().await {
+                Ok(None) if self.end.is_some_and(|end| self.received < end) => CacheError::Cut {
+                    url: public(&self.url),
+                    received: self.received,
+                    expected: self.end.unwrap_or_default(),
+                },
                 Ok(chunk) => {
                     self.received += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                     // It gets on, however often it is cut.
                     self.resumed = 0;
                     return Ok(chunk);
                 }
-                Err(source) => self.resume(CacheError::unreachable(&self.url, source)).await?,
+                Err(source) => CacheError::unreachable(&self.url, source),
+            };
+            // The old body is not asked again: after its error it looks as if it were complete.
+            while let Some(again) = self.resume(error).await? {
+                error = again;
             }
         }
     }
 
-    /// Asks for the rest, or gives `error` back.
-    async fn resume(&mut self, error: CacheError) -> Result<(), CacheError> {
+    /// Asks for the rest, or gives `error` back. What it gives back in `Ok` may go away if it asks again.
+    async fn resume(&mut self, error: CacheError) -> Result<Option<CacheError>, CacheError> {
         let Some(validator) = &self.validator else { return Err(error) };
         if self.resumed >= self.cache.attempts() {
             return Err(error);
         }
         self.resumed += 1;
         tracing::debug!(%error, received = self.received, "a transfer was cut, asking for the rest");
-        tokio::time::sleep(retry_after(&error, self.resumed)).await;
+        let pause = self.cache.pause().unwrap_or_default().max(retry_after(&error, self.resumed));
+        tokio::time::sleep(pause).await;
         let mut headers = HeaderMap::new();
         let range = HeaderValue::from_str(&format!("bytes={}-", self.received));
         headers.insert(header::RANGE, range.unwrap_or(HeaderValue::from_static("bytes=0-")));
@@ -109,8 +122,7 @@ impl Http {
         let rest = match self.cache.get_once(&self.url, &headers).await {
             Ok(Some(rest)) => rest,
             Ok(None) => return Err(CacheError::Gone { url: public(&self.url) }),
-            // Not even that: the next round asks again, as often as that is worth it.
-            Err(again) if again.is_temporary() => return Ok(()),
+            Err(again) if again.is_temporary() => return Ok(Some(again)),
             // What was wrong first is what is wrong: 416 is said behind the last byte.
             Err(_) => return Err(error),
         };
@@ -121,9 +133,15 @@ impl Http {
         {
             return Err(error);
         }
+        self.end = length(rest.headers()).map(|length| self.received + length);
         self.response = rest;
-        Ok(())
+        Ok(None)
     }
+}
+
+/// How long the body is.
+pub(super) fn length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// A weak validator promises the same meaning, not the same bytes.

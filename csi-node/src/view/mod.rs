@@ -47,6 +47,11 @@ pub fn find(store: &NodeStore, id: &ViewId) -> Option<PathBuf> {
     path.is_dir().then_some(path)
 }
 
+/// Whether a view of that name is not to be used any more.
+pub(crate) fn is_retired(name: &str) -> bool {
+    name.contains(RETIRED)
+}
+
 /// Builds the view of `spec` over `closure`, unless it is there.
 ///
 /// Somebody must keep `closure` from collectors until this returns; from then on the view does.
@@ -80,7 +85,7 @@ pub fn retire(store: &NodeStore, path: &StorePath) -> std::io::Result<Vec<String
     for entry in fs::read_dir(&views)? {
         let Ok(name) = entry?.file_name().into_string() else { continue };
         let shows = fs::symlink_metadata(views.join(&name).join("store").join(path.base_name())).is_ok();
-        if shows && !name.contains(RETIRED) {
+        if shows && !is_retired(&name) {
             fs::rename(views.join(&name), views.join(format!("{name}{RETIRED}{}", store.fresh_name())))?;
             retired.push(name);
         }
