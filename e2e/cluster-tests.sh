@@ -23,7 +23,8 @@ machine() {
 before=$(machine)
 
 trap '"$e2e/cluster" down --purge >&2' EXIT
-"$e2e/cluster" up --caches "$NIX_CSI_FIXTURES/caches" >&2
+caches=$("$e2e/cluster-caches.sh")
+"$e2e/cluster" up --caches "$caches" >&2
 "$e2e/install.sh"
 # On two cores, more at once only makes each of them slower.
 cargo test --locked -p nix-csi-e2e --test cluster -- --test-threads=4 "$@"

@@ -15,7 +15,7 @@ for program in nix-csi-node nix-csi-webhook; do
     "$e2e/cluster" load "$repo/target/images/$program.tar" >&2
 done
 cat >"$repo/manifests/overlays/e2e/nix.conf" <<CONF
-substituters = http://10.90.0.1:8080/zstd
+substituters = http://10.90.0.1:8080/zstd http://10.90.0.1:8080/private http://10.90.0.1:8080/slow
 trusted-public-keys = $(cat "$fixtures/keys/nix-csi-test-1.pub")
 download-attempts = 2
 CONF

@@ -315,6 +315,10 @@ http {
         # A link, so that \`cluster up --caches\` can point it elsewhere later.
         root $state/caches;
         autoindex on;
+        location /private/ {
+            if (\$http_authorization != "Bearer token-of-the-cluster-tests") { return 404; }
+        }
+        location /slow/nar/ { limit_rate 100k; }
     }
 }
 NGINX

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::io::IsTerminal as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -93,6 +94,9 @@ struct Serve {
     /// Where kubelet looks for plugins, as seen here. Without it the driver does not register.
     #[arg(long)]
     registration_dir: Option<PathBuf>,
+    /// Where to tell metrics and whether the driver works, over HTTP, as `[::]:9808`.
+    #[arg(long)]
+    http_address: Option<SocketAddr>,
     /// Seconds a call waits for a fetch. Kubelet gives a call 120.
     #[arg(long, default_value_t = 110)]
     patience: u64,
@@ -134,7 +138,7 @@ fn execute(args: Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         match args.command {
-            Command::Serve(options) => serve_driver(&args.root, &config, options).await,
+            Command::Serve(options) => Box::pin(serve_driver(&args.root, &config, options)).await,
             Command::Fetch { paths, beside } => {
                 let (store, _lock) = open(&args.root, "nix-csi-node fetch")?;
                 let beside = beside.map(|path| parse_paths(&[path])).transpose()?;
@@ -290,6 +294,7 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
     let sockets = Sockets {
         csi: options.csi_socket,
         csi_on_host: options.kubelet_dir.join("plugins").join(DRIVER_NAME).join("csi.sock"),
+        http: options.http_address,
         registration: options.registration_dir.map(|dir| dir.join(format!("{DRIVER_NAME}-reg.sock"))),
     };
     let beside = driver.work_beside();

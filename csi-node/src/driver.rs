@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::gc::{CollectError, Collection, Collector, Limits};
 use crate::kubernetes::Kubernetes;
+use crate::metrics::{Metrics, State};
 use crate::ops::Operations;
 use crate::publish::PublishError;
 use crate::store::{NodeStore, RegisterError};
@@ -55,6 +56,7 @@ pub struct Driver {
     pub(crate) tenants: Tenants,
     pub(crate) usage: Usage,
     pub(crate) collector: Collector,
+    pub(crate) metrics: Metrics,
     pub(crate) ops: Operations,
     /// One view is built at a time: both cores are in it, and a second call for it finds it done.
     pub(crate) building: Arc<tokio::sync::Mutex<()>>,
@@ -75,6 +77,7 @@ impl Driver {
             tenants,
             usage,
             collector,
+            metrics: Metrics::new(),
             ops: Operations::default(),
             building: Arc::default(),
         }
@@ -86,6 +89,20 @@ impl Driver {
         self.reconcile()?;
         self.store.empty_trash_later();
         Ok(())
+    }
+
+    /// What is counted, with what is looked up now.
+    pub(crate) fn metrics_text(&self) -> String {
+        let (free_bytes, free_inodes) = self.collector.free().unwrap_or_default();
+        let substituter = self.fetches.substituter(None);
+        self.metrics.text(&State {
+            fetched: substituter.fetched(),
+            ran_alone: substituter.ran_alone(),
+            fetches: self.fetches.running(),
+            volumes: self.volumes.all().map_or(0, |volumes| volumes.len()),
+            free_bytes,
+            free_inodes,
+        })
     }
 
     /// The last thing before the process ends: what was registered is on the disk then.
@@ -158,7 +175,9 @@ impl Driver {
                 Ok::<_, CollectError>((retired, collector.collect_if_low()?))
             });
             match collected.await {
-                Ok(Ok((_, Some(Collection { views, paths, bytes, is_enough })))) => {
+                Ok(Ok((_, Some(collection)))) => {
+                    self.metrics.collected(&collection);
+                    let Collection { views, paths, bytes, is_enough } = collection;
                     if is_enough {
                         tracing::info!(views, paths, bytes, "collected what was not used");
                     } else {

@@ -33,7 +33,9 @@ impl Node for Driver {
         );
         let pod = request.pod.clone();
         async {
-            self.publish(request, patience).await.map_err(|error| {
+            let published = self.publish(request, patience).await;
+            self.metrics.ended("publish", published.as_ref().err().map_or(Code::Ok, PublishError::code));
+            published.map_err(|error| {
                 self.make_room_for(&error);
                 let status = status(&error);
                 self.tell_failure(&pod, status.code(), status.message());
@@ -54,7 +56,9 @@ impl Node for Driver {
             .map_err(|error| status(&error.into()))?;
         let span = tracing::info_span!("unpublish", volume.id = %request.volume);
         async {
-            self.unpublish(request).await.map_err(|error| status(&error))?;
+            let unpublished = self.unpublish(request).await;
+            self.metrics.ended("unpublish", unpublished.as_ref().err().map_or(Code::Ok, PublishError::code));
+            unpublished.map_err(|error| status(&error))?;
             tracing::info!("unpublished");
             Ok(Response::new(NodeUnpublishVolumeResponse {}))
         }

@@ -185,6 +185,7 @@ const TOLD: Duration = Duration::from_secs(30);
 impl Driver {
     /// Makes the volume visible at its target. On error nothing is mounted there by this call.
     pub async fn publish(&self, request: PublishRequest, patience: Duration) -> Result<(), PublishError> {
+        let start = tokio::time::Instant::now();
         let operation = self.ops.begin(&request.volume)?;
         let spec = ViewSpec {
             packages: request.attributes.paths.clone(),
@@ -203,7 +204,9 @@ impl Driver {
         let using = self.usage.begin(spec.id().as_str());
         // Two look-ups, whatever the view has in it.
         let known = self.tenants.may_see(&record.pod.namespace, &spec.id());
-        let view = if let Some(view) = view::find(&self.store, &spec.id()).filter(|_| known) {
+        let found = view::find(&self.store, &spec.id()).filter(|_| known);
+        let is_warm = found.is_some();
+        let view = if let Some(view) = found {
             view
         } else {
             tokio::select! {
@@ -223,7 +226,9 @@ impl Driver {
             drop((using, operation));
             mounted
         })
-        .await?
+        .await??;
+        self.metrics.published(is_warm, start.elapsed());
+        Ok(())
     }
 
     /// Tells the pod why it has no volume. What merely takes its time is told by itself.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,7 @@ use tonic::transport::Server;
 
 use crate::authority::AnyAuthority;
 use crate::driver::Driver;
+use crate::http::{self, Observed};
 use crate::registration::Registrar;
 
 /// Where the sockets are.
@@ -28,6 +30,8 @@ pub struct Sockets {
     pub csi_on_host: PathBuf,
     /// The registration socket, in the directory that kubelet watches; none for use without kubelet.
     pub registration: Option<PathBuf>,
+    /// Where metrics and the driver's own state are told, over HTTP.
+    pub http: Option<SocketAddr>,
 }
 
 /// Why the driver does not serve (any more).
@@ -39,6 +43,14 @@ pub enum ServeError {
         /// The socket.
         path: PathBuf,
         /// What the system said.
+        source: io::Error,
+    },
+    /// The address for metrics is taken, or is none of this machine.
+    #[error("serving HTTP on {address}")]
+    Http {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
         source: io::Error,
     },
     /// A server ended.
@@ -66,6 +78,20 @@ pub async fn serve(
     };
     let (registered, mut status) = watch::channel(None);
 
+    let (known, is_known) = watch::channel(false);
+    let observed = Observed {
+        driver: driver.clone(),
+        csi: sockets.csi.clone(),
+        registered: sockets.registration.as_ref().map(|_| is_known),
+    };
+    let http = async {
+        let Some(address) = sockets.http else { return std::future::pending().await };
+        match http::serve(address, observed).await {
+            Ok(()) => std::future::pending().await,
+            Err(source) => ServeError::Http { address, source },
+        }
+    };
+
     // First the socket that kubelet will call, then the one by which it learns of it.
     let csi = Server::builder()
         .add_service(IdentityServer::new(driver.clone()))
@@ -90,7 +116,10 @@ pub async fn serve(
                 return std::future::pending().await;
             }
             match status.borrow_and_update().clone() {
-                Some(Ok(())) => tracing::info!("registered with kubelet"),
+                Some(Ok(())) => {
+                    known.send_replace(true);
+                    tracing::info!("registered with kubelet");
+                }
                 // Ending is how the next try comes about: it makes a new socket for kubelet to find.
                 Some(Err(error)) => return ServeError::Refused(error),
                 None => {}
@@ -108,6 +137,7 @@ pub async fn serve(
     let ended = tokio::select! {
         ended = &mut serving => ended.map(drop),
         refused = refused => Err(refused),
+        failed = http => Err(failed),
         () = stop => {
             tracing::info!("stopping");
             if let Some(path) = &sockets.registration {

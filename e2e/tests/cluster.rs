@@ -213,6 +213,73 @@ fn a_volume_by_hand_with_and_without_sub_path() -> Result<()> {
     })
 }
 
+/// A pod with a volume by hand, and the secret that it names.
+fn by_hand(name: &str, package: &str, secret: Option<&str>) -> Result<Value> {
+    let container = json!({
+        "image": "gcr.io/distroless/static-debian12:latest",
+        // Kubernetes would take `Always` from the tag, and here is nothing to pull from.
+        "imagePullPolicy": "IfNotPresent",
+        "command": [format!("{}/bin/{package}-server", path(package)?), "--version"],
+        "volumeMounts": [{"name": "nix", "mountPath": "/nix"}],
+    });
+    let mut pod = pod(name, &json!({}), &container);
+    pod["spec"]["volumes"] = json!([{"name": "nix", "csi": {
+        "driver": "nix-csi.lillecarl.com", "readOnly": true,
+        "volumeAttributes": {"paths": path(package)?},
+    }}]);
+    if let Some(secret) = secret {
+        pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] = json!({"name": secret});
+    }
+    Ok(pod)
+}
+
+#[test]
+fn what_the_secret_of_a_namespace_fetches_is_not_for_another() -> Result<()> {
+    let succeeded = |namespace: &Namespace, pod: &str| {
+        let pod = format!("pod/{pod}");
+        namespace.kubectl(&["wait", "--for=jsonpath={.status.phase}=Succeeded", &pod, "--timeout=90s"])
+    };
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "our-cache"},
+        "stringData": {"bearer-tokens": "10.90.0.1:8080 token-of-the-cluster-tests\n"},
+    });
+    with_namespace("tenant-a", |ours| {
+        ours.apply(&secret)?;
+        ours.apply(&by_hand("with", "redis", Some("our-cache"))?)?;
+        succeeded(ours, "with")?;
+        assert!(ours.kubectl(&["logs", "with"])?.contains("Redis server"));
+        ours.event("with", "store paths are ready")?;
+        with_namespace("tenant-b", |theirs| {
+            theirs.apply(&by_hand("without", "redis", None)?)?;
+            let said = theirs.event("without", "no cache has")?;
+            assert!(said.contains(&path("redis")?), "{said}");
+            // With credentials of its own nothing has to be fetched.
+            theirs.apply(&secret)?;
+            theirs.apply(&by_hand("with", "redis", Some("our-cache"))?)?;
+            succeeded(theirs, "with")?;
+            theirs.event("with", "0 of them were fetched").map(drop)
+        })?;
+        // Once given, it is the namespace's.
+        ours.apply(&by_hand("again", "redis", None)?)?;
+        succeeded(ours, "again").map(drop)
+    })
+}
+
+#[test]
+fn a_pod_that_is_deleted_while_it_waits_is_gone_at_once() -> Result<()> {
+    with_namespace("impatient", |namespace| {
+        // 300 MB at 100 kB a second.
+        namespace.apply(&by_hand("waits", "large", None)?)?;
+        namespace.event("waits", "fetching")?;
+        // Long before the call's two minutes, or the fetch's hour, are over.
+        namespace.kubectl(&["delete", "pod", "waits", "--timeout=60s"])?;
+        eventually("the end of the fetch", || {
+            let log = kubectl(&["-n", "nix-csi", "logs", "daemonset/nix-csi-node", "-c", "node"])?;
+            Ok(log.contains("nobody wants this fetch any more").then_some(()))
+        })
+    })
+}
+
 #[test]
 fn a_restricted_namespace_takes_the_pod() -> Result<()> {
     with_namespace("restricted", |namespace| {

@@ -82,10 +82,13 @@ impl Setup {
                 kubernetes: Kubernetes::default(),
             },
         );
+        // Free a moment ago.
+        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let sockets = Sockets {
             csi: dir.path().join("csi.sock"),
             csi_on_host: "/host/csi.sock".into(),
             registration: Some(dir.path().join("reg.sock")),
+            http: Some(address),
         };
         let (stop, stopped) = oneshot::channel();
         let serving = {
@@ -197,6 +200,60 @@ fn mounts_below(dir: &Path) -> Result<Vec<Mount>> {
 fn inode(path: &Path) -> Result<(u64, u64)> {
     let meta = fs::metadata(path).with_context(|| path.display().to_string())?;
     Ok((meta.dev(), meta.ino()))
+}
+
+/// What HTTP says at a path: the status, and all that was sent.
+async fn http(setup: &Setup, path: &str) -> Result<(u16, String)> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let address = setup.sockets.http.context("an address")?;
+    let mut connection = tokio::net::TcpStream::connect(address).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+    connection.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    connection.read_to_string(&mut text).await?;
+    let status = text.split(' ').nth(1).context("a status")?.parse()?;
+    Ok((status, text))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_tells_how_it_is_and_what_it_did() -> Result<()> {
+    let setup = Setup::new().await?;
+    assert_eq!(http(&setup, "/livez").await?.0, 200);
+    let (status, text) = http(&setup, "/readyz").await?;
+    assert!(status == 503 && text.contains("kubelet has not registered"), "{text}");
+    let registration = setup.sockets.registration.as_ref().context("a registration socket")?;
+    let mut kubelet = RegistrationClient::new(channel(registration).await?);
+    let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
+    kubelet.notify_registration_status(registered).await?;
+    let start = Instant::now();
+    while http(&setup, "/readyz").await?.0 != 200 {
+        ensure!(start.elapsed() < Duration::from_mins(1), "it is not ready");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    let hello = setup.fixtures.get("hello")?;
+    for pod in ["a", "b"] {
+        setup.publish(setup.request(pod, &hello.path.to_string(), true)?).await?;
+    }
+    setup
+        .publish(setup.request("c", "/nix/store/00000000000000000000000000000000-none", true)?)
+        .await
+        .unwrap_err();
+    let (_, text) = http(&setup, "/metrics").await?;
+    for line in [
+        "nix_csi_calls_total{call=\"publish\",code=\"Ok\"} 2",
+        "nix_csi_calls_total{call=\"publish\",code=\"NotFound\"} 1",
+        "nix_csi_publish_duration_seconds_count{view=\"cold\"} 1",
+        "nix_csi_publish_duration_seconds_count{view=\"warm\"} 1",
+        &format!("nix_csi_fetched_paths_total {}", hello.closure.len()),
+        "nix_csi_volumes 2",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
+    }
+    for pod in ["a", "b"] {
+        setup.unpublish(pod).await?;
+    }
+    setup.assert_empty()
 }
 
 #[tokio::test(flavor = "multi_thread")]

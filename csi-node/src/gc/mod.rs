@@ -194,6 +194,12 @@ impl Collector {
         Ok(removed)
     }
 
+    /// Bytes and inodes that are free.
+    pub(crate) fn free(&self) -> Result<(u64, u64), CollectError> {
+        let space = self.space()?;
+        Ok((space.free_bytes, space.free_inodes))
+    }
+
     fn space(&self) -> Result<Space, CollectError> {
         let root = self.store.layout().root();
         Ok(Space::of(root).map_err(PathError::on("ask for the space of", root))?)

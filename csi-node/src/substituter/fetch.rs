@@ -86,6 +86,8 @@ pub(super) struct Engine {
     pub(super) pool: RestorePool,
     /// How many paths needed more than the whole memory budget, and ran alone.
     pub(super) alone: AtomicU64,
+    /// Paths fetched and registered, and the bytes of their NARs.
+    fetched: (AtomicU64, AtomicU64),
     owners: AtomicU64,
 }
 
@@ -108,6 +110,7 @@ impl Substituter {
             memory: Budget::new(MEMORY, 4),
             pool: RestorePool::start(cores)?,
             alone: AtomicU64::new(0),
+            fetched: Default::default(),
             owners: AtomicU64::new(0),
         };
         let caches = Arc::new(Caches { public: caches, private: Vec::new() });
@@ -153,6 +156,12 @@ impl Substituter {
     /// How many paths needed more memory to decompress than all of them together should take.
     pub fn ran_alone(&self) -> u64 {
         self.engine.alone.load(Ordering::Relaxed)
+    }
+
+    /// How many paths were fetched, whoever wanted them, and how many bytes their NARs have.
+    pub fn fetched(&self) -> (u64, u64) {
+        let (paths, bytes) = &self.engine.fetched;
+        (paths.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed))
     }
 
     /// Makes the closure of `roots` valid. On error what has arrived and is closed is valid, the rest is gone.
@@ -337,6 +346,10 @@ impl Walk<'_> {
                 if registering.is_empty() { Ok(()) } else { store.register(&registering) }
             })
             .await??;
+        let (of_paths, of_bytes) = &self.substituter.engine.fetched;
+        of_paths.fetch_add(paths.len() as u64, Ordering::Relaxed);
+        let bytes = ready.iter().map(|(staged, _)| staged.info.nar_size).sum();
+        of_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.registered.extend(paths);
         self.registering += start.elapsed();
         Ok(())

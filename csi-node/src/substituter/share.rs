@@ -117,6 +117,11 @@ impl Fetches {
         }
     }
 
+    /// How many are under way.
+    pub fn running(&self) -> usize {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Ends the fetches that nobody has asked for in a while.
     pub fn end_unwanted(&self) {
         self.leases().expire(Instant::now());
