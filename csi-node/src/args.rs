@@ -148,7 +148,7 @@ fn execute(args: Args) -> anyhow::Result<()> {
                 let (store, _lock) = open(&args.root, "nix-csi-node view")?;
                 let packages = parse_paths(&paths)?;
                 let closure = fetch(&store, &config, &packages, None).await?;
-                let spec = ViewSpec { packages, entrypoints: std::collections::BTreeMap::default() };
+                let spec = ViewSpec::of(packages);
                 print_line(&view::build(&store, &spec, &closure.paths)?.display());
                 Ok(())
             }

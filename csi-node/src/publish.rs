@@ -111,6 +111,7 @@ impl PublishError {
             Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
                 io_code(&error.source)
             }
+            Self::View(ViewError::Database(error)) => database_code(error),
             Self::Volume(VolumeError::Damaged { .. }) | Self::Mount(_) => Code::Internal,
             Self::Different { .. } | Self::Occupied { .. } => Code::AlreadyExists,
             Self::Elsewhere { .. } => Code::FailedPrecondition,
@@ -151,19 +152,25 @@ fn fetch_code(error: &FetchError) -> Code {
         | FetchError::Hash { .. } => Code::DataLoss,
         FetchError::Restore { source, .. } | FetchError::Staging(source) => io_code(source),
         FetchError::Register(RegisterError::Io(error)) => io_code(&error.source),
-        FetchError::Register(RegisterError::Database(error)) | FetchError::Database(error) => match error {
-            DatabaseError::Io(error) => io_code(&error.source),
-            DatabaseError::Sqlite(error) => sqlite_code(error),
-            DatabaseError::Schema { .. }
-            | DatabaseError::Row(_)
-            | DatabaseError::DanglingReference { .. } => Code::Internal,
-        },
+        FetchError::Register(RegisterError::Database(error)) | FetchError::Database(error) => {
+            database_code(error)
+        }
         FetchError::Provenance(error) | FetchError::Register(RegisterError::Provenance(error)) => match error
         {
             ProvenanceError::Sqlite { source, .. } => sqlite_code(source),
             ProvenanceError::Version { .. } => Code::Internal,
         },
         FetchError::Stopped | FetchError::Shared(_) => Code::Unavailable,
+    }
+}
+
+fn database_code(error: &DatabaseError) -> Code {
+    match error {
+        DatabaseError::Io(error) => io_code(&error.source),
+        DatabaseError::Sqlite(error) => sqlite_code(error),
+        DatabaseError::Schema { .. } | DatabaseError::Row(_) | DatabaseError::DanglingReference { .. } => {
+            Code::Internal
+        }
     }
 }
 
@@ -190,6 +197,7 @@ impl Driver {
         let spec = ViewSpec {
             packages: request.attributes.paths.clone(),
             entrypoints: request.attributes.entrypoints.clone(),
+            database: request.attributes.database,
         };
         let record = Record {
             volume: request.volume,
@@ -362,7 +370,8 @@ impl Driver {
         let built = blocking(move || {
             let view = view::build(&store, &spec, &closure.paths);
             // Only now may a collector look at the closure: the view has roots of its own.
-            drop((closure, building, using));
+            store.release(closure);
+            drop((building, using));
             view
         })
         .await?;

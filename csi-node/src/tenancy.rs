@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn a_view_that_is_built_anew_is_asked_for_anew() {
         let path = StorePath::from_base_name(&format!("{}-x", "a".repeat(32))).unwrap();
-        let view = ViewSpec { packages: vec![path], entrypoints: std::collections::BTreeMap::new() }.id();
+        let view = ViewSpec::of(vec![path]).id();
         let tenants = Tenants::default();
         assert!(!tenants.may_see("a", &view));
         tenants.allow("a", &view);

@@ -151,7 +151,12 @@ impl TestNode {
         driver.recover()?;
         let beside = driver.work_beside();
         let csi = self.dir.path().join("csi.sock");
-        let sockets = Sockets { csi: csi.clone(), csi_on_host: "/host/csi.sock".into(), registration: None, http: None };
+        let sockets = Sockets {
+            csi: csi.clone(),
+            csi_on_host: "/host/csi.sock".into(),
+            registration: None,
+            http: None,
+        };
         let (stop, stopped) = oneshot::channel::<()>();
         let served = driver.clone();
         let serving = tokio::spawn(async move {

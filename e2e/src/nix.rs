@@ -11,6 +11,8 @@ use anyhow::{Context as _, Result, ensure};
 pub struct Nix {
     /// Its programs and libraries; the machine's own if there is none.
     rootfs: Option<PathBuf>,
+    /// Whose `nix` is at `/nix`; nothing is there otherwise.
+    root: Option<PathBuf>,
     /// More lines of `nix.conf`.
     config: String,
 }
@@ -18,7 +20,7 @@ pub struct Nix {
 impl Nix {
     /// The one of this machine's release.
     pub fn own() -> Self {
-        Self { rootfs: None, config: String::new() }
+        Self { rootfs: None, root: None, config: String::new() }
     }
 
     /// The one of another release, `trixie` or `sid`: downloaded once.
@@ -34,6 +36,12 @@ impl Nix {
         Self { config: config.to_owned(), ..self }
     }
 
+    /// The same with `<root>/nix` at `/nix`.
+    #[must_use]
+    pub fn in_root(self, root: &Path) -> Self {
+        Self { root: Some(root.to_owned()), ..self }
+    }
+
     /// Runs one of its commands, or any other, where it cannot touch the machine's own `/nix`; gives back what it
     /// printed.
     pub fn run<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<String> {
@@ -41,6 +49,9 @@ impl Nix {
         command.args(args);
         if !self.config.is_empty() {
             command.env("NIX_SH_CONFIG", &self.config);
+        }
+        if let Some(root) = &self.root {
+            command.env("NIX_SH_ROOT", root);
         }
         if let Some(rootfs) = &self.rootfs {
             command.env("NIX_SH_ROOTFS", rootfs);

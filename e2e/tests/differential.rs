@@ -273,7 +273,7 @@ async fn its_collector_honours_our_roots(#[case] release: &str) -> Result<()> {
     let (multi, redis, jq) =
         (setup.fixtures.get("multi-dev")?, setup.fixtures.get("redis")?, setup.fixtures.get("jq")?);
     let closure = ours.fetch(std::slice::from_ref(&multi.path)).await?;
-    let spec = ViewSpec { packages: vec![multi.path.clone()], entrypoints: BTreeMap::new() };
+    let spec = ViewSpec::of(vec![multi.path.clone()]);
     let view = view::build(ours.store(), &spec, &closure.paths)?;
     drop(closure);
     let held = ours.fetch(std::slice::from_ref(&jq.path)).await?;

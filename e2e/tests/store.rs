@@ -1,7 +1,6 @@
 //! The node store, judged by real Nix.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -166,7 +165,7 @@ async fn a_real_collector_leaves_views_and_fetches_alone() -> Result<()> {
     let setup = Setup::new("zstd")?;
     let hello = setup.fixtures.get("hello")?;
     let closure = setup.fetch("hello").await?;
-    let spec = ViewSpec { packages: vec![hello.path.clone()], entrypoints: BTreeMap::new() };
+    let spec = ViewSpec::of(vec![hello.path.clone()]);
     let view = view::build(setup.store(), &spec, &closure.paths)?;
     drop(closure);
     let held = setup.fetch("jq").await?;
@@ -199,7 +198,7 @@ async fn several_packages_become_one_profile() -> Result<()> {
     let (bash, coreutils) = (setup.fixtures.get("bash")?.path, setup.fixtures.get("coreutils")?.path);
     let packages = vec![bash.clone(), coreutils.clone()];
     let closure = setup.substituter.fetch(&packages, &watch::channel(Progress::default()).0).await?;
-    let spec = ViewSpec { packages, entrypoints: BTreeMap::new() };
+    let spec = ViewSpec::of(packages);
     let result = view::build(setup.store(), &spec, &closure.paths)?.join("var/result");
     assert_eq!(fs::read_link(result.join("bin/bash"))?, Path::new(&format!("{bash}/bin/bash")));
     assert_eq!(fs::read_link(result.join("bin/ls"))?, Path::new(&format!("{coreutils}/bin/ls")));

@@ -13,6 +13,8 @@ pub const PATHS: &str = "paths";
 pub const ENTRYPOINT: &str = "entrypoint";
 /// The value of an entry point that the node is to find by itself.
 pub const ENTRYPOINT_AUTO: &str = "auto";
+/// Whether the view has a Nix database of its closure.
+pub const DATABASE: &str = "database";
 /// Where the link to a container's entry point is, as the container sees it.
 pub const ENTRY_DIR: &str = "/nix/var/entry";
 /// The merged packages, as the container sees them.
@@ -87,6 +89,18 @@ pub enum Entrypoint {
     Program(String),
 }
 
+/// Whether a view has Nix's own database.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Database {
+    /// If Nix is in the closure.
+    #[default]
+    WithNix,
+    /// In any case.
+    Always,
+    /// In none.
+    Never,
+}
+
 /// The attributes of one volume, for a node of one system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeAttributes {
@@ -94,6 +108,8 @@ pub struct VolumeAttributes {
     pub paths: Vec<StorePath>,
     /// Entry points by container.
     pub entrypoints: BTreeMap<String, Entrypoint>,
+    /// Whether there is a Nix database.
+    pub database: Database,
 }
 
 impl VolumeAttributes {
@@ -104,6 +120,7 @@ impl VolumeAttributes {
     ) -> Result<Self, ParseAttributesError> {
         let mut lists = BTreeMap::new();
         let mut entrypoints = BTreeMap::new();
+        let mut database = Database::default();
         for (key, value) in attributes {
             if key.starts_with(KUBELET_PREFIX) {
                 continue;
@@ -112,6 +129,19 @@ impl VolumeAttributes {
                 lists.insert(key, value);
             } else if let Some((ENTRYPOINT, container)) = key.split_once('.') {
                 entrypoints.insert(container.to_owned(), parse_entrypoint(key, container, value)?);
+            } else if key == DATABASE {
+                database = match value {
+                    "true" => Database::Always,
+                    "false" => Database::Never,
+                    _ => {
+                        let (key, value) = (key.to_owned(), value.to_owned());
+                        return Err(ParseAttributesError::Value {
+                            key,
+                            value,
+                            expected: "`true` or `false`",
+                        });
+                    }
+                };
             } else if EVALUATED.contains(&key) {
                 return Err(ParseAttributesError::Evaluated(key.to_owned()));
             } else {
@@ -131,7 +161,7 @@ impl VolumeAttributes {
         if paths.is_empty() {
             return Err(ParseAttributesError::NoPaths);
         }
-        Ok(Self { paths, entrypoints })
+        Ok(Self { paths, entrypoints, database })
     }
 }
 
@@ -201,7 +231,16 @@ mod tests {
         assert_eq!(found.entrypoints["job"], Entrypoint::Program("bin/job".into()));
     }
 
+    #[test]
+    fn a_database_may_be_asked_for() {
+        for (value, expected) in [("true", Database::Always), ("false", Database::Never)] {
+            assert_eq!(parse(&[("paths", A), (DATABASE, value)]).unwrap().database, expected);
+        }
+        assert_eq!(parse(&[("paths", A)]).unwrap().database, Database::WithNix);
+    }
+
     #[rstest]
+    #[case::not_a_bool(&[("paths", A), ("database", "yes")], "volume attribute `database`: \"yes\" is not `true` or `false`")]
     #[case::nothing(&[], "no volume attribute names a store path; set `paths`")]
     #[case::empty(&[("paths", " ")], "no volume attribute names a store path; set `paths`")]
     #[case::other_system(&[("aarch64-linux", A)], "this node is x86_64-linux, and the volume has paths only for aarch64-linux")]

@@ -42,6 +42,9 @@ pub(crate) enum CollectError {
     /// The volumes cannot be listed, so nobody knows what is in use.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// Nix's collector, perhaps an administrator's.
+    #[error("another collector has held gc.lock for some seconds")]
+    Busy,
     /// The table of mounts.
     #[error(transparent)]
     Mount(#[from] mount::MountError),
@@ -267,10 +270,9 @@ impl Collector {
                 round.views += 1;
             }
         }
-        if let Some(collected) = self.store.collect(&planned.paths)? {
-            round.paths = collected.paths + collected.strays;
-            round.bytes = planned.bytes;
-        }
+        let collected = self.store.collect(&planned.paths)?.ok_or(CollectError::Busy)?;
+        round.paths = collected.paths + collected.strays;
+        round.bytes = planned.bytes;
         Ok(round)
     }
 }

@@ -121,6 +121,23 @@ impl NodeStore {
         Ok(strays)
     }
 
+    /// Drops temporary roots of what has permanent ones now. Not while a collector runs: it may have read the permanent
+    /// ones before they were there, and the temporary ones not yet.
+    pub fn release(&self, roots: impl Send + 'static) {
+        let path = self.layout.state_dir().join("gc.lock");
+        let Ok(file) = File::open(&path) else { return drop(roots) };
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+            return drop(roots);
+        }
+        let waiting = std::thread::Builder::new().name("roots".to_owned()).spawn(move || {
+            let _ = rustix::fs::flock(&file, FlockOperation::LockShared);
+            drop(roots);
+        });
+        if let Err(error) = waiting {
+            tracing::warn!(%error, "no thread to wait for a collector");
+        }
+    }
+
     /// Held by one collector at a time, ours or Nix's.
     fn gc_lock(&self) -> io::Result<Option<File>> {
         let path = self.layout.state_dir().join("gc.lock");

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{io, str::FromStr as _};
 
 use nix_csi_store::{ContentAddress, NarHash, NarInfo, StorePath};
-use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension as _, ToSql, Transaction, TransactionBehavior, params};
 use rustix::fs::FlockOperation;
 
 use super::graph::Graph;
@@ -209,50 +209,11 @@ impl Database {
         rows.map(|path| store_path(&path?)).collect()
     }
 
-    /// All rows first, then all references, so that the order of `infos` does not matter.
     pub(super) fn register(&self, infos: &[&PathInfo]) -> Result<(), DatabaseError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut connection = locked(&self.writer);
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        {
-            let mut insert = transaction.prepare_cached(
-                "insert into ValidPaths (path, hash, registrationTime, deriver, narSize, sigs, ca)
-                 values (?, ?, ?, ?, ?, ?, ?)",
-            )?;
-            let mut find = transaction.prepare_cached("select id from ValidPaths where path = ?")?;
-            let mut refer = transaction
-                .prepare_cached("insert or ignore into Refs (referrer, reference) values (?, ?)")?;
-            // Most references are within what is registered, and to the same few paths.
-            let mut ids: HashMap<&StorePath, i64> = HashMap::with_capacity(infos.len());
-            for info in infos {
-                insert.execute(params![
-                    info.path.to_string(),
-                    info.nar_hash.to_base16(),
-                    now.as_secs().cast_signed(),
-                    info.deriver.as_ref().map(ToString::to_string),
-                    info.nar_size.cast_signed(),
-                    (!info.signatures.is_empty()).then(|| info.signatures.join(" ")),
-                    info.ca,
-                ])?;
-                ids.insert(&info.path, transaction.last_insert_rowid());
-            }
-            for info in infos {
-                let id = ids[&info.path];
-                for reference in &info.references {
-                    let known = ids.get(reference).copied();
-                    let to = known.map_or_else(
-                        || find.query_row([reference.to_string()], |row| row.get(0)).optional(),
-                        |id| Ok(Some(id)),
-                    )?;
-                    let to = to.ok_or_else(|| DatabaseError::DanglingReference {
-                        path: info.path.clone(),
-                        reference: reference.clone(),
-                    })?;
-                    ids.insert(reference, to);
-                    refer.execute([id, to])?;
-                }
-            }
-        }
+        insert(&transaction, infos, now.as_secs().cast_signed())?;
         Ok(transaction.commit()?)
     }
 
@@ -264,15 +225,38 @@ impl Database {
 
     /// All paths whose rows are newer than `row`.
     pub(super) fn beyond(&self, row: i64) -> Result<Vec<PathInfo>, DatabaseError> {
+        self.infos("id > ?", row)
+    }
+
+    /// A new database in `dir`, of these paths alone.
+    pub(super) fn export(&self, paths: &[StorePath], dir: &Path) -> Result<(), DatabaseError> {
+        let infos = self.infos("path in (select value from json_each(?))", json(paths))?;
+        let mut connection = Connection::open(dir.join("db.sqlite"))?;
+        // One file, which can be read where nothing can be written. It is made anew after a power cut.
+        connection.pragma_update(None, "journal_mode", "delete")?;
+        connection.pragma_update(None, "synchronous", "off")?;
+        connection.execute_batch(TABLES)?;
+        // Newer Nix adds it when it opens a store, which a read-only one does not let it.
+        connection.execute_batch("create table SchemaMigrations (migration text primary key not null)")?;
+        let transaction = connection.transaction()?;
+        insert(&transaction, &infos.iter().collect::<Vec<_>>(), 1)?;
+        transaction.commit()?;
+        connection.close().map_err(|(_, error)| error)?;
+        let schema = dir.join("schema");
+        Ok(fs::write(&schema, SCHEMA).map_err(PathError::on("write", &schema))?)
+    }
+
+    /// What is known of those rows.
+    fn infos(&self, which: &str, value: impl ToSql) -> Result<Vec<PathInfo>, DatabaseError> {
         let connection = locked(&self.reader);
-        let mut query = connection.prepare_cached(
-            "select id, path, hash, narSize, deriver, sigs, ca from ValidPaths where id > ? order by id",
-        )?;
+        let mut query = connection.prepare_cached(&format!(
+            "select id, path, hash, narSize, deriver, sigs, ca from ValidPaths where {which} order by id",
+        ))?;
         let mut refer = connection.prepare_cached(
             "select path from Refs join ValidPaths on reference = id where referrer = ? order by path",
         )?;
         let mut infos = Vec::new();
-        let mut rows = query.query([row])?;
+        let mut rows = query.query([value])?;
         while let Some(row) = rows.next()? {
             let references = refer.query_map([row.get::<_, i64>(0)?], |row| row.get::<_, String>(0))?;
             let hash: String = row.get(2)?;
@@ -377,6 +361,48 @@ impl Database {
         transaction.commit()?;
         found.iter().map(|(_, path)| store_path(path)).collect()
     }
+}
+
+/// All rows first, then all references, so that the order of `infos` does not matter.
+fn insert(transaction: &Transaction<'_>, infos: &[&PathInfo], time: i64) -> Result<(), DatabaseError> {
+    let mut insert = transaction.prepare_cached(
+        "insert into ValidPaths (path, hash, registrationTime, deriver, narSize, sigs, ca)
+         values (?, ?, ?, ?, ?, ?, ?)",
+    )?;
+    let mut find = transaction.prepare_cached("select id from ValidPaths where path = ?")?;
+    let mut refer =
+        transaction.prepare_cached("insert or ignore into Refs (referrer, reference) values (?, ?)")?;
+    // Most references are within what is registered, and to the same few paths.
+    let mut ids: HashMap<&StorePath, i64> = HashMap::with_capacity(infos.len());
+    for info in infos {
+        insert.execute(params![
+            info.path.to_string(),
+            info.nar_hash.to_base16(),
+            time,
+            info.deriver.as_ref().map(ToString::to_string),
+            info.nar_size.cast_signed(),
+            (!info.signatures.is_empty()).then(|| info.signatures.join(" ")),
+            info.ca,
+        ])?;
+        ids.insert(&info.path, transaction.last_insert_rowid());
+    }
+    for info in infos {
+        let id = ids[&info.path];
+        for reference in &info.references {
+            let known = ids.get(reference).copied();
+            let to = known.map_or_else(
+                || find.query_row([reference.to_string()], |row| row.get(0)).optional(),
+                |id| Ok(Some(id)),
+            )?;
+            let to = to.ok_or_else(|| DatabaseError::DanglingReference {
+                path: info.path.clone(),
+                reference: reference.clone(),
+            })?;
+            ids.insert(reference, to);
+            refer.execute([id, to])?;
+        }
+    }
+    Ok(())
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

@@ -242,6 +242,11 @@ impl NodeStore {
         self.provenance.of(path)
     }
 
+    /// Writes a database of exactly `paths`, which must be closed under references, into the directory `dir`.
+    pub fn export_database(&self, paths: &[StorePath], dir: &Path) -> Result<(), DatabaseError> {
+        self.db.export(paths, dir)
+    }
+
     /// The NAR hashes of those of `paths` that are valid.
     pub fn hashes(&self, paths: &[StorePath]) -> Result<HashMap<StorePath, NarHash>, DatabaseError> {
         self.db.hashes(paths)

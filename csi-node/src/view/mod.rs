@@ -3,12 +3,14 @@
 //! ```text
 //! views/<id>/store/<hash>-<name>     linked: one inode with the node store, for the closure and nothing else
 //! views/<id>/var/result              the package, or all of them merged
+//! views/<id>/var/nix/db              Nix's database of this closure, where Nix is in it or it is asked for
 //! views/<id>/var/entry/<container>   link to what a container without a command runs
 //! views/<id>/nix -> .                for pods that mount with `subPath: nix`
 //! ```
 //! **Invariant:** a view appears by one rename, whole. What is half built has another name.
 //! **Invariant:** a view never outlives its roots, and nothing here writes through a link.
 
+mod database;
 mod entry;
 mod inside;
 mod link;
@@ -25,7 +27,7 @@ pub use entry::EntryError;
 pub use spec::{ViewId, ViewSpec};
 
 use crate::path_error::PathError;
-use crate::store::NodeStore;
+use crate::store::{DatabaseError, NodeStore};
 
 /// Between the id of a view that is not to be used any more and a fresh name.
 const RETIRED: &str = ".retired-";
@@ -36,6 +38,9 @@ pub enum ViewError {
     /// A system call failed.
     #[error(transparent)]
     Io(#[from] PathError),
+    /// The database of the closure.
+    #[error("the database for the view")]
+    Database(#[source] DatabaseError),
     /// A container's entry point cannot be chosen.
     #[error(transparent)]
     Entry(#[from] EntryError),
@@ -102,6 +107,9 @@ fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path
     link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
     let inside = inside::Inside::new(store.layout(), closure)?;
     profile::build(&inside, &spec.packages, &at.join("var/result"))?;
+    if database::is_wanted(store, spec.database, closure) {
+        database::write(store, closure, at)?;
+    }
     for (container, entrypoint) in &spec.entrypoints {
         let program = entry::find(&inside, &spec.packages, container, entrypoint)?;
         let link = at.join("var/entry").join(container);

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use nix_csi_proto::volume::Entrypoint;
+use nix_csi_proto::volume::{Database, Entrypoint};
 use nix_csi_store::{StorePath, encode_base32};
 use ring::digest::{SHA256, digest};
 
 /// Changes when the same spec would give another tree.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Everything that changes a byte of the tree, and nothing else: not the pod, not read-only or read-write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct ViewSpec {
     pub packages: Vec<StorePath>,
     /// Entry points by container.
     pub entrypoints: BTreeMap<String, Entrypoint>,
+    /// Whether there is a Nix database.
+    pub database: Database,
 }
 
 /// The name of a view: the hash of its spec.
@@ -37,6 +39,11 @@ impl fmt::Display for ViewId {
 }
 
 impl ViewSpec {
+    /// Only packages, and the defaults for the rest.
+    pub fn of(packages: Vec<StorePath>) -> Self {
+        Self { packages, entrypoints: BTreeMap::new(), database: Database::default() }
+    }
+
     /// SHA-256 of the spec in one canonical form.
     pub fn id(&self) -> ViewId {
         let packages: Vec<_> = self.packages.iter().map(StorePath::base_name).collect();
@@ -45,6 +52,11 @@ impl ViewSpec {
             "format": FORMAT,
             "packages": packages,
             "entrypoints": self.entrypoints,
+            "database": match self.database {
+                Database::WithNix => "with-nix",
+                Database::Always => "always",
+                Database::Never => "never",
+            },
         });
         ViewId(encode_base32(digest(&SHA256, canonical.to_string().as_bytes()).as_ref()))
     }
@@ -56,13 +68,13 @@ mod tests {
 
     fn spec(packages: &[&str]) -> ViewSpec {
         let path = |c: &&str| StorePath::from_base_name(&format!("{}-x", c.repeat(32))).unwrap();
-        ViewSpec { packages: packages.iter().map(path).collect(), entrypoints: BTreeMap::new() }
+        ViewSpec::of(packages.iter().map(path).collect())
     }
 
     /// A changed id makes every node build every view again: that has to be meant.
     #[test]
     fn the_id_is_stable() {
-        assert_eq!(spec(&["a", "b"]).id().as_str(), "0mj1axr6jvizn4d6cmcnp6k9mjzn0xnlbfxzjrhwbl7kxkhk4ckq");
+        assert_eq!(spec(&["a", "b"]).id().as_str(), "1py41f30gf2px7rf4xfdpgmxknhxqlf371l6dxb3wsqiql2wy8bq");
     }
 
     #[test]
@@ -72,5 +84,6 @@ mod tests {
         entry.entrypoints.insert("c".into(), Entrypoint::Auto);
         assert_ne!(plain.id(), spec(&["b", "a"]).id());
         assert_ne!(plain.id(), entry.id());
+        assert_ne!(plain.id(), ViewSpec { database: Database::Never, ..plain.clone() }.id());
     }
 }
