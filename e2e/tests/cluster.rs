@@ -259,6 +259,11 @@ fn what_the_secret_of_a_namespace_fetches_is_not_for_another() -> Result<()> {
             succeeded(theirs, "with")?;
             theirs.event("with", "0 of them were fetched").map(drop)
         })?;
+        // By annotation, as most will.
+        let program = format!("{}/bin/redis-server", path("redis")?);
+        let annotations = json!({PACKAGES: path("redis")?, "nix.lillecarl.com/cache-secret": "our-cache"});
+        ours.apply(&pod("annotated", &annotations, &json!({"command": [program, "--version"]})))?;
+        succeeded(ours, "annotated")?;
         // Once given, it is the namespace's.
         ours.apply(&by_hand("again", "redis", None)?)?;
         succeeded(ours, "again").map(drop)

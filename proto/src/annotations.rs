@@ -16,6 +16,8 @@ pub const IMAGE: &str = "nix.lillecarl.com/image";
 pub const COMMAND: &str = "nix.lillecarl.com/command";
 /// `ro` or `rw`.
 pub const MODE: &str = "nix.lillecarl.com/mode";
+/// The Secret of the pod's namespace with credentials for caches.
+pub const CACHE_SECRET: &str = "nix.lillecarl.com/cache-secret";
 /// How much a read-write volume may hold, as a quantity.
 pub const SIZE_LIMIT: &str = "nix.lillecarl.com/size-limit";
 /// `enabled` or `disabled`: whether store paths in the pod's text are looked for.
@@ -38,6 +40,8 @@ pub enum Key<'a> {
     Image,
     /// [`MODE`].
     Mode,
+    /// [`CACHE_SECRET`].
+    CacheSecret,
     /// [`SIZE_LIMIT`].
     SizeLimit,
     /// [`FARM`].
@@ -60,6 +64,7 @@ impl<'a> Key<'a> {
             "containers" => Self::Containers,
             "image" => Self::Image,
             "mode" => Self::Mode,
+            "cache-secret" => Self::CacheSecret,
             "size-limit" => Self::SizeLimit,
             "farm" => Self::Farm,
             "inject" => Self::Inject,

@@ -112,6 +112,8 @@ pub struct VolumePlan {
     pub name: String,
     /// Whether it is read-only.
     pub read_only: bool,
+    /// The Secret with credentials for caches, if the pod names one.
+    pub secret: Option<String>,
     /// Its attributes.
     pub attributes: BTreeMap<String, String>,
 }
@@ -281,11 +283,16 @@ impl<'a> Planner<'a> {
     fn volume(&mut self, packages: &References) -> String {
         let attributes = attributes(packages);
         let read_only = !self.wish.read_write;
-        let text = serde_json::json!([read_only, attributes]).to_string();
+        let secret = self.wish.cache_secret.clone();
+        let text = match &secret {
+            Some(secret) => serde_json::json!([read_only, attributes, secret]),
+            None => serde_json::json!([read_only, attributes]),
+        };
+        let text = text.to_string();
         let hash = digest(&SHA256, text.as_bytes());
         let name = format!("nix-csi-{}", HEXLOWER.encode(&hash.as_ref()[..5]));
         if !self.plan.volumes.iter().any(|volume| volume.name == name) {
-            self.plan.volumes.push(VolumePlan { name: name.clone(), read_only, attributes });
+            self.plan.volumes.push(VolumePlan { name: name.clone(), read_only, secret, attributes });
         }
         name
     }

@@ -59,14 +59,18 @@ fn remove_obsolete(pod: &mut Value, plan: &Plan) {
 }
 
 fn volume_value(volume: &VolumePlan) -> Value {
-    json!({
+    let mut value = json!({
         "name": volume.name,
         "csi": {
             "driver": DRIVER_NAME,
             "readOnly": volume.read_only,
             "volumeAttributes": volume.attributes,
         },
-    })
+    });
+    if let Some(secret) = &volume.secret {
+        value["csi"]["nodePublishSecretRef"] = json!({ "name": secret });
+    }
+    value
 }
 
 fn inject_container(container: &mut Map<String, Value>, of: &ContainerPlan, plan: &Plan) {

@@ -99,6 +99,8 @@ pub struct Wish {
     pub command_of: BTreeMap<String, Command>,
     /// Whether the pod may write below `/nix`.
     pub read_write: bool,
+    /// The Secret that kubelet hands to the node, with credentials for caches.
+    pub cache_secret: Option<String>,
     /// Whether something asks for what this version cannot do, but can be done without.
     pub farm: bool,
 }
@@ -146,6 +148,11 @@ impl Wish {
                         "rw" => true,
                         _ => return Err(bad("ro or rw")),
                     }
+                }
+                Some(Key::CacheSecret) => {
+                    let name =
+                        object_name(value).ok_or_else(|| bad("the name of a Secret of this namespace"))?;
+                    wish.cache_secret = Some(name);
                 }
                 Some(Key::SizeLimit) => size_limit = true,
                 Some(Key::Farm) => wish.farm = switch(value).ok_or_else(|| bad(SWITCH))?,
@@ -228,6 +235,17 @@ fn command(value: &str) -> Option<Command> {
     is_program.then(|| Command::Program(value.to_owned()))
 }
 
+/// A name that the API server takes for a Secret.
+fn object_name(value: &str) -> Option<String> {
+    let name = value.trim();
+    let is_part = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && part.ends_with(|c: char| c.is_ascii_alphanumeric())
+            && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    (name.len() <= 253 && name.split('.').all(is_part)).then(|| name.to_owned())
+}
+
 fn switch(value: &str) -> Option<bool> {
     match value.trim() {
         "enabled" => Some(true),
@@ -290,6 +308,16 @@ mod tests {
         "annotation nix.lillecarl.com/packages: \"{\\\"web\\\": 1}\" is not a JSON object of lists, by container or for *"
     )]
     #[case("package", "x", "annotation nix.lillecarl.com/package is not known; check its spelling")]
+    #[case(
+        "cache-secret",
+        "a/b",
+        "annotation nix.lillecarl.com/cache-secret: \"a/b\" is not the name of a Secret of this namespace"
+    )]
+    #[case(
+        "cache-secret",
+        "",
+        "annotation nix.lillecarl.com/cache-secret: \"\" is not the name of a Secret of this namespace"
+    )]
     #[case("mode", "RW", "annotation nix.lillecarl.com/mode: \"RW\" is not ro or rw")]
     #[case("inject", "false", "annotation nix.lillecarl.com/inject: \"false\" is not enabled or disabled")]
     #[case(

@@ -122,6 +122,19 @@ async fn an_ordinary_pod_gets_image_volume_path_and_entry_point() {
 }
 
 #[tokio::test]
+async fn a_secret_for_caches_is_named_in_the_volume() {
+    let mut annotations = packages(HELLO);
+    annotations["nix.lillecarl.com/cache-secret"] = "our-cache".into();
+    let named = injected(&pod(&annotations, &nginx())).await;
+    let volume = &named["spec"]["volumes"][0];
+    assert_eq!(volume["csi"]["nodePublishSecretRef"], json!({"name": "our-cache"}));
+    assert_eq!(injected(&named).await, named);
+    // Another secret is another volume.
+    let plain = injected(&pod(&packages(HELLO), &nginx())).await;
+    assert_ne!(plain["spec"]["volumes"][0]["name"], volume["name"]);
+}
+
+#[tokio::test]
 async fn a_command_is_never_overridden() {
     let containers = json!([{"name": "web", "image": "nginx", "command": ["hello"], "args": ["-t"]}]);
     let pod = injected(&pod(&packages(HELLO), &containers)).await;
