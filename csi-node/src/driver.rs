@@ -86,7 +86,11 @@ impl Driver {
     /// Puts in order what an earlier process left. Only while nothing is served yet.
     pub fn recover(&self) -> Result<(), PublishError> {
         self.store.recover().map_err(FetchError::from)?;
-        self.reconcile()?;
+        // A target that cannot be looked at is no reason not to serve the others.
+        if let Err(error) = self.reconcile() {
+            let error = anyhow::Error::new(error);
+            tracing::warn!("cannot compare the volumes with what kubelet knows: {error:#}");
+        }
         self.store.empty_trash_later();
         Ok(())
     }

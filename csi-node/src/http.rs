@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -12,7 +13,7 @@ use axum::routing::get;
 use nix_csi_proto::csi::ProbeRequest;
 use nix_csi_proto::csi::identity_client::IdentityClient;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tonic::transport::Endpoint;
 
 use crate::driver::Driver;
@@ -28,6 +29,8 @@ pub(crate) struct Observed {
     pub(crate) csi: PathBuf,
     /// Whether kubelet knows the driver; none where it is not to.
     pub(crate) registered: Option<watch::Receiver<bool>>,
+    /// How many may ask for metrics at the same time.
+    pub(crate) asked: Arc<Semaphore>,
 }
 
 /// Answers on `address`, until it is dropped.
@@ -41,6 +44,10 @@ pub(crate) async fn serve(address: SocketAddr, observed: Observed) -> std::io::R
 }
 
 async fn metrics(Shared(observed): Shared<Observed>) -> impl IntoResponse {
+    // Each takes a thread and reads every record: whoever asks too often keeps no volume waiting.
+    let Ok(_slot) = Arc::clone(&observed.asked).try_acquire_owned() else {
+        return StatusCode::TOO_MANY_REQUESTS.into_response();
+    };
     let text = tokio::task::spawn_blocking(move || observed.driver.metrics_text()).await;
     match text {
         Ok(text) => {

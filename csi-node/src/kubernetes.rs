@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1;
 use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt as _;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -48,8 +49,15 @@ impl Kubernetes {
         if std::env::var_os("KUBERNETES_SERVICE_HOST").is_none() {
             return Ok(Self::default());
         }
-        let client = kube::Client::try_from(kube::Config::incluster()?)?;
-        Ok(Self::with(client, node))
+        // An administrator may take the token away: then there are no events, and volumes all the same.
+        let config = match kube::Config::incluster() {
+            Ok(config) => config,
+            Err(error) => {
+                tracing::warn!(%error, "no service account: no events, and pods are not looked up");
+                return Ok(Self::default());
+            }
+        };
+        Ok(Self::with(kube::Client::try_from(config)?, node))
     }
 
     /// That server.
@@ -93,9 +101,12 @@ impl Server {
     async fn is_there(&self, pod: &Pod) -> Result<bool, kube::Error> {
         let found = Api::<v1::Pod>::namespaced(self.client.clone(), &pod.namespace);
         let found = found.get_metadata_opt(&pod.name).await?;
-        Ok(found.is_some_and(|found| {
-            found.metadata.uid.as_ref() == Some(&pod.uid) && found.metadata.deletion_timestamp.is_none()
-        }))
+        // Kubelet knows a static pod by the hash of its file; the server has a mirror of it, or not yet.
+        let is_static = !pod.uid.contains('-');
+        let Some(found) = found else { return Ok(is_static) };
+        let mirrors = found.annotations().get("kubernetes.io/config.hash") == Some(&pod.uid);
+        let is_same = found.metadata.uid.as_ref() == Some(&pod.uid) || mirrors;
+        Ok(is_same && found.metadata.deletion_timestamp.is_none())
     }
 
     async fn write(&self, pod: &Pod, event: &Event) -> Result<(), kube::Error> {

@@ -35,14 +35,6 @@ pub enum PublishError {
     /// The fetch goes on; the next call finds it further on.
     #[error("fetching the closure: {0}; this continues")]
     Fetching(Progress),
-    /// The caches are asked whether this namespace may have what is private to others; the next call asks on.
-    #[error(
-        "the closure is here; asking the caches whether namespace {namespace} may have all of it; this continues"
-    )]
-    Authorizing {
-        /// The namespace.
-        namespace: String,
-    },
     /// Nobody waits for the volume.
     #[error("pod {namespace}/{name} is gone or being deleted, so its volume is not needed any more")]
     PodGone {
@@ -101,11 +93,7 @@ impl PublishError {
     pub fn code(&self) -> Code {
         match self {
             // Not final after all: then kubelet unpublishes what may be half there.
-            Self::Busy(_)
-            | Self::Fetching(_)
-            | Self::Authorizing { .. }
-            | Self::PodGone { .. }
-            | Self::Building => Code::Aborted,
+            Self::Busy(_) | Self::Fetching(_) | Self::PodGone { .. } | Self::Building => Code::Aborted,
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
             Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
@@ -343,7 +331,8 @@ impl Driver {
         let authorized = authorize(&self.store, &substituter, namespace, &spec.packages, &closure);
         match tokio::time::timeout_at(deadline, authorized).await {
             Ok(authorized) => authorized?,
-            Err(_) => return Err(PublishError::Authorizing { namespace: namespace.clone() }),
+            // In the same words as if it were not here.
+            Err(_) => return Err(PublishError::Fetching(Progress::default())),
         }
         let ready = ready(&closure);
         // Goes on when the call ends: the next one finds the view.

@@ -6,12 +6,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix_csi_proto::csi::identity_server::IdentityServer;
 use nix_csi_proto::csi::node_server::NodeServer;
 use nix_csi_proto::registration::registration_server::RegistrationServer;
 use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -83,6 +84,7 @@ pub async fn serve(
         driver: driver.clone(),
         csi: sockets.csi.clone(),
         registered: sockets.registration.as_ref().map(|_| is_known),
+        asked: Arc::new(Semaphore::new(2)),
     };
     let http = async {
         let Some(address) = sockets.http else { return std::future::pending().await };

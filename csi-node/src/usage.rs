@@ -73,6 +73,13 @@ impl Usage {
         self.state().last.clone()
     }
 
+    /// Forgets views that are not there, as those that could not be built.
+    pub(crate) fn retain(&self, is_there: impl Fn(&str) -> bool) {
+        let mut state = self.state();
+        let State { last, holders, .. } = &mut *state;
+        last.retain(|view, _| is_there(view) || holders.contains_key(view));
+    }
+
     /// Removes a view, unless somebody works with it, or has done so after `then`.
     pub(crate) fn remove_unless_used(
         &self,

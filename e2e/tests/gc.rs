@@ -774,7 +774,8 @@ async fn what_was_never_valid_goes_and_locks_stay() -> Result<()> {
     fs::write(&file, "")?;
     std::os::unix::fs::symlink("/nowhere", &link)?;
     let (lock, held) = (stranger('d', "held.lock"), stranger('d', "held"));
-    fs::write(&lock, "")?;
+    let holder = fs::File::create(&lock)?;
+    rustix::fs::flock(&holder, rustix::fs::FlockOperation::LockExclusive)?;
     fs::create_dir(&held)?;
     setup.start(ALWAYS).await?;
     setup
@@ -783,9 +784,10 @@ async fn what_was_never_valid_goes_and_locks_stay() -> Result<()> {
         })
         .await?;
     assert!(lock.exists() && held.exists(), "somebody works there");
-    fs::remove_file(&lock)?;
+    // Its holder was killed: the lock is given back, and what it kept is a stranger too.
+    drop(holder);
     setup.start(ALWAYS).await?;
-    setup.wait("the last one is gone", || Ok(!held.exists())).await?;
+    setup.wait("the last one is gone", || Ok(!held.exists() && !lock.exists())).await?;
     setup.check("pod", &package)?;
     assert_eq!(mounts_below(&setup.node.target("pod"))?.len(), 1);
     setup.end(&["pod"]).await

@@ -187,7 +187,9 @@ impl Collector {
             mounted.contains(name) || overlaid.contains(name.split('.').next().unwrap_or_default())
         };
         let mut removed = 0;
-        for name in self.views()? {
+        let views: HashSet<_> = self.views()?.into_iter().collect();
+        self.usage.retain(|view| views.contains(view));
+        for name in views {
             if view::is_retired(&name) && !is_shown(&name) {
                 let at = self.store.layout().views().join(&name);
                 self.store.discard(&at).map_err(PathError::on("clear away", &at))?;

@@ -301,37 +301,11 @@ impl Database {
             return Ok(Vec::new());
         }
         let mut connection = locked(&self.writer);
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let doomed: Vec<String> = {
-            // What stays refers to some of them perhaps: those stay too, with all that they refer to.
-            let mut query = transaction.prepare(
-                "with recursive Doomed(id) as materialized (
-                     select id from ValidPaths where path in (select value from json_each(?))),
-                 Needed(id) as (
-                     select reference from Refs
-                         where reference in (select id from Doomed) and referrer not in (select id from Doomed)
-                     union
-                     select reference from Refs join Needed on referrer = Needed.id)
-                 select path from ValidPaths join Doomed using (id)
-                     where id not in (select id from Needed) order by id",
-            )?;
-            let rows = query.query_map([json(paths)], |row| row.get(0))?;
-            rows.collect::<Result<_, _>>()?
-        };
-        {
-            let mut forget = transaction.prepare_cached(
-                "delete from Refs where referrer = (select id from ValidPaths where path = ?)",
-            )?;
-            let mut delete = transaction.prepare_cached("delete from ValidPaths where path = ?")?;
-            for path in &doomed {
-                forget.execute([path])?;
-            }
-            for path in &doomed {
-                delete.execute([path])?;
-            }
-        }
-        transaction.commit()?;
-        doomed.iter().map(|path| store_path(path)).collect()
+        // On the disk before the files go: rows that a power cut brought back would have none.
+        connection.pragma_update(None, "synchronous", "full")?;
+        let deleted = delete(&mut connection, paths);
+        connection.pragma_update(None, "synchronous", "normal")?;
+        deleted
     }
 
     /// Makes `paths` invalid, and all that refer to them. Gives back all that were valid.
@@ -403,6 +377,40 @@ fn insert(transaction: &Transaction<'_>, infos: &[&PathInfo], time: i64) -> Resu
         }
     }
     Ok(())
+}
+
+/// Deletes those of `paths` that nothing else refers to but others of them.
+fn delete(connection: &mut Connection, paths: &[StorePath]) -> Result<Vec<StorePath>, DatabaseError> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let doomed: Vec<String> = {
+        // What stays refers to some of them perhaps: those stay too, with all that they refer to.
+        let mut query = transaction.prepare(
+                "with recursive Doomed(id) as materialized (
+                     select id from ValidPaths where path in (select value from json_each(?))),
+                 Needed(id) as (
+                     select reference from Refs
+                         where reference in (select id from Doomed) and referrer not in (select id from Doomed)
+                     union
+                     select reference from Refs join Needed on referrer = Needed.id)
+                 select path from ValidPaths join Doomed using (id)
+                     where id not in (select id from Needed) order by id",
+            )?;
+        let rows = query.query_map([json(paths)], |row| row.get(0))?;
+        rows.collect::<Result<_, _>>()?
+    };
+    {
+        let mut forget = transaction
+            .prepare_cached("delete from Refs where referrer = (select id from ValidPaths where path = ?)")?;
+        let mut delete = transaction.prepare_cached("delete from ValidPaths where path = ?")?;
+        for path in &doomed {
+            forget.execute([path])?;
+        }
+        for path in &doomed {
+            delete.execute([path])?;
+        }
+    }
+    transaction.commit()?;
+    doomed.iter().map(|path| store_path(path)).collect()
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

@@ -48,6 +48,32 @@ impl Drop for PathLocks {
     }
 }
 
+/// Gives back the locks that were held by processes that were killed. Whoever lives keeps theirs.
+pub(super) fn remove_stale(layout: &Layout) -> io::Result<()> {
+    for entry in fs::read_dir(layout.store_dir())? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "lock") {
+            continue;
+        }
+        // A store path may have such a name, too: those nobody can write.
+        let is_lock = |meta: &fs::Metadata| meta.is_file() && meta.size() == 0 && meta.mode() & 0o200 != 0;
+        let opened = fs::symlink_metadata(&path).and_then(|meta| {
+            is_lock(&meta).then(|| File::options().read(true).write(true).open(&path)).transpose()
+        });
+        let file = match opened {
+            Ok(Some(file)) => file,
+            Ok(None) => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let is_free = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if is_free && file.metadata()?.nlink() > 0 {
+            drop(PathLocks { held: vec![(path, file)] });
+        }
+    }
+    Ok(())
+}
+
 /// Opens and locks a lock file that its last holder did not give up: those are unlinked and not empty.
 pub(super) fn lock_fresh(path: &Path, operation: FlockOperation) -> io::Result<File> {
     loop {

@@ -137,16 +137,19 @@ impl NodeStore {
     ///
     /// All references must be valid already or among `staged`, and temporary roots must hold them all.
     /// Whatever another process registered in the meantime stays as it is. On error nothing of `staged`
-    /// is registered; what was moved already is cleared away by the next try.
-    pub fn register(&self, staged: &[Arc<Staged>]) -> Result<(), RegisterError> {
+    /// is registered; what was moved already is cleared away by the next try. Gives back those of `staged` that are
+    /// valid with another content.
+    pub fn register(&self, staged: &[Arc<Staged>]) -> Result<Vec<StorePath>, RegisterError> {
         let paths: Vec<_> = staged.iter().map(|staged| staged.info.path.clone()).collect();
         let locks = locks::PathLocks::acquire(&self.layout, &paths)
             .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
         let valid = self.db.hashes(&paths)?;
         let (there, fresh): (Vec<_>, Vec<_>) =
             staged.iter().partition(|staged| valid.contains_key(&staged.info.path));
-        let same = there.iter().filter(|staged| valid.get(&staged.info.path) == Some(&staged.info.nar_hash));
-        self.make_public(same.map(|staged| (&staged.info.path, &staged.origin)))?;
+        let (same, others): (Vec<_>, Vec<_>) =
+            there.into_iter().partition(|staged| valid.get(&staged.info.path) == Some(&staged.info.nar_hash));
+        let different = others.iter().map(|staged| staged.info.path.clone()).collect();
+        self.make_public(same.iter().map(|staged| (&staged.info.path, &staged.origin)))?;
         // Before they are valid: nobody may see them meanwhile.
         let origins: Vec<_> = fresh.iter().map(|staged| (&staged.info.path, &staged.origin)).collect();
         self.provenance.record(&origins)?;
@@ -166,7 +169,7 @@ impl NodeStore {
         }
         self.db.register(&fresh.iter().map(|staged| &staged.info).collect::<Vec<_>>())?;
         self.unlocking.lock().unwrap_or_else(PoisonError::into_inner).extend(locks.release_later());
-        Ok(())
+        Ok(different)
     }
 
     /// Moves one path into the store and seals it. Its lock must be held.
@@ -313,6 +316,8 @@ impl NodeStore {
     }
 
     fn clear_leftovers(&self) -> io::Result<()> {
+        // A path that was moved in and not registered is a stray for the collector only without its lock.
+        locks::remove_stale(&self.layout)?;
         self.staging.sort_leftovers()?;
         // A view is not synced when it is built: after a boot, when nothing is mounted, all are built anew.
         let rebooted = self.known != Known::SameBoot;

@@ -55,6 +55,7 @@ struct Leftover {
     at: PathBuf,
     nar_hash: NarHash,
     is_dir: bool,
+    private: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -63,6 +64,7 @@ struct Record {
     path: String,
     nar_hash: String,
     is_dir: bool,
+    private: bool,
 }
 
 /// A place to restore one path in, with the space for it. What is there when it is dropped is discarded.
@@ -123,6 +125,12 @@ impl Staging {
             return Ok(Err(NoSpace { needed, free, root }));
         }
         Ok(Ok(place))
+    }
+
+    /// Whether an earlier process has left that path, and had it for somebody's own credentials.
+    pub fn is_left_private(&self, path: &StorePath) -> bool {
+        let leftovers = self.0.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
+        leftovers.get(path).is_some_and(|left| left.private)
     }
 
     /// The path that `info` describes, if an earlier process has restored and verified it. `origin` is who gives it
@@ -235,6 +243,7 @@ impl Staged {
             path: self.info.path.to_string(),
             nar_hash: self.info.nar_hash.to_string(),
             is_dir: self.is_dir,
+            private: self.origin.private,
         };
         state.is_recorded = true;
         fs::write(record_of(&self.at), serde_json::to_vec(&record)?)
@@ -266,8 +275,8 @@ fn record_of(at: &Path) -> PathBuf {
 fn read_record(file: &Path, boot: &str) -> Option<(StorePath, impl FnOnce(PathBuf) -> Leftover + use<>)> {
     let record: Record = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
     let (path, nar_hash) = (record.path.parse().ok()?, record.nar_hash.parse().ok()?);
-    let is_dir = record.is_dir;
-    (record.boot == boot).then_some((path, move |at| Leftover { at, nar_hash, is_dir }))
+    let Record { is_dir, private, .. } = record;
+    (record.boot == boot).then_some((path, move |at| Leftover { at, nar_hash, is_dir, private }))
 }
 
 fn discard(trash: &Trash, at: &Path, is_recorded: bool) {

@@ -213,6 +213,29 @@ impl BinaryCache {
         }
     }
 
+    /// Whether the cache really gives the path's NAR. Not more than its first byte is asked for.
+    pub(super) async fn gives(&self, owner: Owner, info: &NarInfo) -> Result<(), CacheError> {
+        let _connection = self.connection(owner, Urgency::Question).await;
+        match &self.0.place {
+            Place::Directory(directory) => {
+                let outside = || CacheError::NarUrl { url: info.url.clone() };
+                let file = beneath(directory, &info.url).ok_or_else(outside)?;
+                let gone = || CacheError::Gone { url: file.display().to_string() };
+                self.open(&file).await?.map(drop).ok_or_else(gone)
+            }
+            Place::Http { base, .. } => {
+                let url = join(base, &info.url)?;
+                if !matches!(url.scheme(), "http" | "https") {
+                    return Err(CacheError::NarUrl { url: public(&url) });
+                }
+                let mut headers = accept("identity");
+                headers.insert(header::RANGE, HeaderValue::from_static("bytes=0-0"));
+                let gone = || CacheError::Gone { url: public(&url) };
+                self.get(&url, &headers).await?.map(drop).ok_or_else(gone)
+            }
+        }
+    }
+
     /// How much longer the cache is left alone, because it failed.
     pub(super) fn pause(&self) -> Option<Duration> {
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).pause(Instant::now())

@@ -90,6 +90,7 @@ impl Engine {
         loop {
             // What proves itself by its content is looked at again in any case.
             if !matches!(source.proof, Proof::Content(_))
+                && self.may_adopt(&source, owner).await
                 && let Some(staged) = self.store.staging().adopt(&source.info, || source.origin())
             {
                 return Ok(staged);
@@ -129,6 +130,13 @@ impl Engine {
                 _ => return Err(error),
             }
         }
+    }
+
+    /// Whether what an earlier process may have left can be taken. What came for somebody's credentials only is taken
+    /// where the cache gives it now, too: a narinfo alone does not say that.
+    async fn may_adopt(&self, source: &Source, owner: Owner) -> bool {
+        !self.store.staging().is_left_private(&source.info.path)
+            || source.cache.gives(owner, &source.info).await.is_ok()
     }
 
     /// Restores one path from one cache, once.

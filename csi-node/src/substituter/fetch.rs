@@ -19,7 +19,7 @@ use super::error::FetchError;
 use super::fair::Owner;
 use super::flight::{Flight, Flights};
 use super::login::Logins;
-use super::lookup::{Caches, Trust, look_up};
+use super::lookup::{Caches, Source, Trust, look_up};
 use super::partial::closed;
 use super::pool::RestorePool;
 use crate::store::{NodeStore, Origin, Staged, TempRoots};
@@ -69,7 +69,7 @@ impl std::fmt::Display for Progress {
 pub struct Closure {
     /// Every path of it, sorted.
     pub paths: Vec<StorePath>,
-    /// Those of them that had to be fetched.
+    /// Those of them that had to be fetched, and have the content that was fetched.
     pub fetched: HashSet<StorePath>,
     /// The bytes of the NARs of those.
     pub bytes: u64,
@@ -132,8 +132,7 @@ impl Substituter {
         let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
         let asked = paths.to_vec();
         let valid = self.blocking(move |store| store.hashes(&asked)).await??;
-        let mut answers: FuturesUnordered<_> =
-            paths.iter().map(|path| look_up(&self.caches, &self.engine.trust, owner, path, &[])).collect();
+        let mut answers: FuturesUnordered<_> = paths.iter().map(|path| self.who_gives(owner, path)).collect();
         let mut proved = Vec::new();
         while let Some(source) = answers.next().await {
             let source = source?;
@@ -158,6 +157,26 @@ impl Substituter {
         self.engine.alone.load(Ordering::Relaxed)
     }
 
+    /// Who not only knows a path, but gives it: a narinfo is often there for everybody.
+    async fn who_gives(&self, owner: Owner, path: &StorePath) -> Result<Source, FetchError> {
+        let mut except = Vec::new();
+        let mut refused = None;
+        loop {
+            let source = match look_up(&self.caches, &self.engine.trust, owner, path, &except).await {
+                Ok(source) => source,
+                Err(error) => return Err(refused.unwrap_or(error)),
+            };
+            match source.cache.gives(owner, &source.info).await {
+                Ok(()) => return Ok(source),
+                Err(error) => {
+                    let (path, cache) = (path.clone(), source.cache.name().to_string());
+                    refused = Some(FetchError::Download { path, cache, source: error });
+                    except.push(source.number);
+                }
+            }
+        }
+    }
+
     /// How many paths were fetched, whoever wanted them, and how many bytes their NARs have.
     pub fn fetched(&self) -> (u64, u64) {
         let (paths, bytes) = &self.engine.fetched;
@@ -180,6 +199,7 @@ impl Substituter {
             fetching: HashMap::new(),
             arrived: HashMap::new(),
             registered: HashSet::new(),
+            others: HashSet::new(),
             registering: Duration::ZERO,
             bytes_total: 0,
             bytes_done: 0,
@@ -189,7 +209,8 @@ impl Substituter {
         let registered = walk.register().await;
         walked?;
         registered?;
-        let Walk { pins, registered, registering, bytes_done, .. } = walk;
+        let Walk { pins, mut registered, others, registering, bytes_done, .. } = walk;
+        registered.retain(|path| !others.contains(path));
         let roots = roots.to_vec();
         let paths = self.blocking(move |store| store.closure(&roots)).await??.ok_or(FetchError::Stopped)?;
         Ok(Closure { paths, fetched: registered, bytes: bytes_done, registering, _roots: pins })
@@ -226,6 +247,8 @@ struct Walk<'a> {
     /// Restored, and not registered yet.
     arrived: HashMap<StorePath, Arrived>,
     registered: HashSet<StorePath>,
+    /// Those of them that somebody else has registered meanwhile, with another content.
+    others: HashSet<StorePath>,
     registering: Duration,
     bytes_total: u64,
     bytes_done: u64,
@@ -336,14 +359,18 @@ impl Walk<'_> {
         let start = std::time::Instant::now();
         let (paths, ready): (Vec<_>, Vec<_>) = ready.into_iter().unzip();
         let registering: Vec<_> = ready.iter().map(|(staged, _): &Arrived| Arc::clone(staged)).collect();
-        self.substituter
+        // Also if this walk is dropped meanwhile: what is being registered stays rooted until it is.
+        let pins = self.pins.clone();
+        let others = self
+            .substituter
             .blocking(move |store| {
+                let _pins = pins;
                 for staged in waiting {
                     if let Err(error) = staged.record() {
                         tracing::warn!(%error, path = %staged.info.path, "cannot record what was restored");
                     }
                 }
-                if registering.is_empty() { Ok(()) } else { store.register(&registering) }
+                if registering.is_empty() { Ok(Vec::new()) } else { store.register(&registering) }
             })
             .await??;
         let (of_paths, of_bytes) = &self.substituter.engine.fetched;
@@ -351,6 +378,7 @@ impl Walk<'_> {
         let bytes = ready.iter().map(|(staged, _)| staged.info.nar_size).sum();
         of_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.registered.extend(paths);
+        self.others.extend(others);
         self.registering += start.elapsed();
         Ok(())
     }

@@ -28,24 +28,52 @@ struct Running {
     task: AbortHandle,
 }
 
+/// A fetch that runs, or one that has ended while nobody looked.
+enum Joined {
+    Running(Running),
+    Kept(Arc<Closure>),
+}
+
 /// How long a fetch goes on that nobody waits for. Kubelet asks again within two minutes, as long as there is a pod.
 const WANTED: Duration = Duration::from_mins(5);
 
 /// Who wants which fetch, and until when. By the clock that nobody sets.
 #[derive(Default)]
-struct Leases(HashMap<String, (Key, Instant)>);
+struct Leases {
+    wanted: HashMap<String, (Key, Instant)>,
+    /// What was fetched for them, and they have not heard of yet. Rooted as long as it is here.
+    kept: HashMap<Key, Arc<Closure>>,
+}
 
 impl Leases {
     fn renew(&mut self, who: &str, key: &Key, now: Instant) {
-        self.0.insert(who.to_owned(), (key.clone(), now + WANTED));
+        self.wanted.insert(who.to_owned(), (key.clone(), now + WANTED));
     }
 
     fn expire(&mut self, now: Instant) {
-        self.0.retain(|_, (_, until)| *until > now);
+        self.wanted.retain(|_, (_, until)| *until > now);
+        self.sweep();
+    }
+
+    fn end(&mut self, who: &str) -> Option<Key> {
+        let ended = self.wanted.remove(who);
+        self.sweep();
+        ended.map(|(key, _)| key)
+    }
+
+    fn keep(&mut self, key: &Key, closure: &Arc<Closure>) {
+        if self.wants(key) {
+            self.kept.insert(key.clone(), Arc::clone(closure));
+        }
+    }
+
+    fn sweep(&mut self) {
+        let Self { wanted, kept } = self;
+        kept.retain(|key, _| wanted.values().any(|(wanted, _)| wanted == key));
     }
 
     fn wants(&self, key: &Key) -> bool {
-        self.0.values().any(|(wanted, _)| wanted == key)
+        self.wanted.values().any(|(wanted, _)| wanted == key)
     }
 }
 
@@ -99,7 +127,10 @@ impl Fetches {
         roots: &[StorePath],
         patience: impl Future<Output = ()>,
     ) -> Result<Waited, FetchError> {
-        let running = self.join(who, credentials, roots);
+        let running = match self.join(who, credentials, roots) {
+            Joined::Running(running) => running,
+            Joined::Kept(closure) => return Ok(Waited::Done(self.ended(who, closure))),
+        };
         tokio::select! {
             outcome = running.outcome.clone() => match self.ended(who, outcome) {
                 Ok(closure) => Ok(Waited::Done(closure)),
@@ -111,8 +142,8 @@ impl Fetches {
 
     /// `who` does not want its fetch any more. One that nobody wants ends; what has arrived of it stays.
     pub fn release(&self, who: &str) {
-        let released = self.leases().0.remove(who);
-        if let Some((key, _)) = released {
+        let released = self.leases().end(who);
+        if let Some(key) = released {
             self.end_unless_wanted(&key);
         }
     }
@@ -122,9 +153,13 @@ impl Fetches {
         self.running.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Ends the fetches that nobody has asked for in a while.
+    /// Ends the fetches that nobody has asked for in a while, and forgets credentials that nobody has used.
     pub fn end_unwanted(&self) {
-        self.leases().expire(Instant::now());
+        let now = Instant::now();
+        self.leases().expire(now);
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        others.retain(|_, (_, used)| now.duration_since(*used) < REMEMBERED);
+        drop(others);
         let running: Vec<_> =
             self.running.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         for key in running {
@@ -144,7 +179,7 @@ impl Fetches {
     }
 
     fn ended<T>(&self, who: &str, outcome: T) -> T {
-        self.leases().0.remove(who);
+        self.leases().end(who);
         outcome
     }
 
@@ -152,7 +187,7 @@ impl Fetches {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn join(&self, who: &str, credentials: Option<&Credentials>, roots: &[StorePath]) -> Running {
+    fn join(&self, who: &str, credentials: Option<&Credentials>, roots: &[StorePath]) -> Joined {
         // The order matters to a view, not to a fetch.
         let mut key = roots.to_vec();
         key.sort_unstable();
@@ -163,7 +198,10 @@ impl Fetches {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         self.leases().renew(who, &key, Instant::now());
         if let Some(fetch) = running.get(&key) {
-            return fetch.clone();
+            return Joined::Running(fetch.clone());
+        }
+        if let Some(closure) = self.leases().kept.get(&key) {
+            return Joined::Kept(Arc::clone(closure));
         }
         let (sender, progress) = watch::channel(Progress::default());
         let (this, finished) = (self.clone(), key.clone());
@@ -171,8 +209,17 @@ impl Fetches {
             async move {
                 let fetched = substituter.fetch(&finished.1, &sender).await;
                 // From here on a new call begins anew, and finds the closure valid or tries again.
-                this.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&finished);
-                fetched.map(Arc::new).map_err(Arc::new)
+                let mut running = this.running.lock().unwrap_or_else(PoisonError::into_inner);
+                // It may be another one by now, if this one was ended in this moment.
+                if running.get(&finished).is_some_and(|fetch| fetch.task.id() == tokio::task::id()) {
+                    running.remove(&finished);
+                }
+                let outcome = fetched.map(Arc::new).map_err(Arc::new);
+                if let Ok(closure) = &outcome {
+                    // Kubelet may ask again in two minutes only: until then nothing is to take it away.
+                    this.leases().keep(&finished, closure);
+                }
+                outcome
             }
             .in_current_span(),
         );
@@ -180,7 +227,7 @@ impl Fetches {
         let outcome = task.map(|joined| joined.unwrap_or_else(|_| Err(Arc::new(FetchError::Stopped))));
         let fetch = Running { outcome: outcome.boxed().shared(), progress, task: abort };
         running.insert(key, fetch.clone());
-        fetch
+        Joined::Running(fetch)
     }
 }
 
@@ -196,7 +243,7 @@ mod tests {
         leases.renew("a", &key, now);
         leases.renew("b", &key, now + WANTED / 2);
         leases.expire(now + WANTED);
-        assert!(leases.wants(&key) && leases.0.len() == 1, "b asked later");
+        assert!(leases.wants(&key) && leases.wanted.len() == 1, "b asked later");
         leases.expire(now + WANTED * 2);
         assert!(!leases.wants(&key));
     }
