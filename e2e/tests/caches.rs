@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix_csi_e2e::{CacheServer, Fixtures, Rule, nix, tree};
+use nix_csi_e2e::{CacheServer, Fixtures, Rule, chain, nix, refusal, tree};
 use nix_csi_node::config::Config;
 use nix_csi_node::start_substituter;
 use nix_csi_node::store::NodeStore;
@@ -75,18 +75,8 @@ impl Setup {
     /// Fetches what must not arrive. What is said about it has these parts, and a path of it.
     async fn fails(&self, name: &str, parts: &[&str]) -> Result<FetchError> {
         let fixture = self.fixtures.get(name)?;
-        let error = self.fetch(name).await.err().with_context(|| format!("{name} arrived"))?;
-        let text = chain(&error);
-        for part in parts {
-            ensure!(text.contains(part), "{part:?} is not in: {text}");
-        }
-        ensure!(
-            fixture.closure.iter().any(|path| text.contains(&path.to_string())),
-            "no path of {name} is in: {text}"
-        );
-        tree::wait_until_clean(self.root.path())?;
-        assert_eq!(self.substituter.store().closure(&[fixture.path])?, None, "{name} is not valid");
-        Ok(error)
+        let fetched = self.fetch(name).await;
+        refusal(&self.substituter, self.root.path(), &fixture, fetched, parts)
     }
 
     /// Nix finds everything right, and nothing is left half done.
@@ -134,11 +124,6 @@ fn part(fixture: &str, name: &str) -> Result<StorePath> {
 /// A rule for the NAR of the C library in the xz cache.
 fn on_glibc() -> Rule {
     Rule::on(info("xz", &part("hello", "glibc").unwrap()).unwrap().url)
-}
-
-fn chain(error: &FetchError) -> String {
-    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// The same entries, with the same attributes and contents.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use hyper_util::rt::TokioIo;
+use nix_csi_e2e::driver::{channel, mounts_below};
 use nix_csi_e2e::{Fixtures, StaticServer, nix, tree};
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, RootLock};
@@ -23,10 +23,9 @@ use nix_csi_proto::csi::{
 use nix_csi_proto::registration::registration_client::RegistrationClient;
 use nix_csi_proto::registration::{InfoRequest, RegistrationStatus};
 use tempfile::TempDir;
-use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 /// A driver on a fresh root, with a fixture cache and its sockets.
@@ -39,15 +38,6 @@ struct Setup {
     stop: Option<oneshot::Sender<()>>,
     serving: Option<JoinHandle<Result<(), nix_csi_node::ServeError>>>,
     _lock: RootLock,
-}
-
-async fn channel(socket: &Path) -> Result<Channel> {
-    let socket = socket.to_owned();
-    let connect = tower::service_fn(move |_: Uri| {
-        let socket = socket.clone();
-        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
-    });
-    Ok(Endpoint::try_from("http://localhost")?.connect_with_connector(connect).await?)
 }
 
 impl Setup {
@@ -179,22 +169,6 @@ impl Drop for Setup {
             let _ = rustix::mount::unmount(&line.target, rustix::mount::UnmountFlags::DETACH);
         }
     }
-}
-
-struct Mount {
-    target: PathBuf,
-    options: String,
-    kind: String,
-}
-
-fn mounts_below(dir: &Path) -> Result<Vec<Mount>> {
-    let text = fs::read_to_string("/proc/self/mountinfo")?;
-    let parse = |line: &str| {
-        let fields: Vec<_> = line.split(' ').collect();
-        let kind = line.split(" - ").nth(1)?.split(' ').next()?;
-        Some(Mount { target: fields.get(4)?.into(), options: (*fields.get(5)?).into(), kind: kind.into() })
-    };
-    Ok(text.lines().filter_map(parse).filter(|mount| mount.target.starts_with(dir)).collect())
 }
 
 fn inode(path: &Path) -> Result<(u64, u64)> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use h2::Reason;
 use hyper::Version;
-use nix_csi_e2e::{Authority, Ending, Fixtures, Identity, TlsServer, nix, tree};
+use nix_csi_e2e::{Authority, Ending, Fixtures, Identity, TlsServer, chain, nix, refusal, tree};
 use nix_csi_node::config::Config;
 use nix_csi_node::start_substituter;
 use nix_csi_node::store::NodeStore;
@@ -151,18 +151,8 @@ impl Setup {
     /// Fetches what must not arrive. What is said about it has these parts, and a path of it; nothing is left.
     async fn fails(&self, name: &str, parts: &[&str]) -> Result<FetchError> {
         let fixture = self.fixtures.get(name)?;
-        let error = self.fetch(name).await.err().with_context(|| format!("{name} arrived"))?;
-        let text = chain(&error);
-        for part in parts {
-            ensure!(text.contains(part), "{part:?} is not in: {text}");
-        }
-        ensure!(
-            fixture.closure.iter().any(|path| text.contains(&path.to_string())),
-            "no path of {name} is in: {text}"
-        );
-        tree::wait_until_clean(self.root.path())?;
-        assert_eq!(self.substituter.store().closure(&[fixture.path])?, None, "{name} is not valid");
-        Ok(error)
+        let fetched = self.fetch(name).await;
+        refusal(&self.substituter, self.root.path(), &fixture, fetched, parts)
     }
 }
 
@@ -173,11 +163,6 @@ fn nar(compression: &str, fixture: &str, name: &str) -> Result<String> {
     let path: &StorePath = found.next().with_context(|| format!("no {name} in {fixture}"))?;
     let file = Fixtures::find()?.cache(compression).join(format!("{}.narinfo", path.hash()));
     Ok(fs::read_to_string(file)?.parse::<NarInfo>()?.url)
-}
-
-fn chain(error: &FetchError) -> String {
-    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[rstest]
