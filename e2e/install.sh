@@ -18,6 +18,7 @@ cat >"$repo/manifests/overlays/e2e/nix.conf" <<CONF
 substituters = http://10.90.0.1:8080/zstd http://10.90.0.1:8080/private http://10.90.0.1:8080/slow
 trusted-public-keys = $(cat "$fixtures/keys/nix-csi-test-1.pub")
 download-attempts = 2
+min-free = 0
 CONF
 installed=$(kubectl -n nix-csi get daemonset nix-csi-node --ignore-not-found -o name)
 kubectl apply -k "$repo/manifests/overlays/e2e" >&2

@@ -9,7 +9,9 @@ use anyhow::{Context as _, Result, ensure};
 use hyper_util::rt::TokioIo;
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, RootLock};
-use nix_csi_node::{Driver, DriverOptions, Kubernetes, ServeError, Sockets, serve, start_substituter};
+use nix_csi_node::{
+    Driver, DriverOptions, Kubernetes, Limits, ServeError, Sockets, serve, start_substituter,
+};
 use nix_csi_proto::System;
 use nix_csi_proto::csi::node_client::NodeClient;
 use nix_csi_proto::csi::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability};
@@ -60,6 +62,8 @@ pub fn config(caches: &[String]) -> Result<Config> {
         substituters: caches.iter().map(|url| url.parse()).collect::<Result<_, _>>()?,
         trusted_public_keys: vec![Fixtures::find()?.public_key()?.parse()?],
         download_attempts: 1,
+        // How full the disk of whoever tests is must not matter.
+        limits: Limits { min_free: Some(0), max_free: None },
         ..Config::default()
     })
 }

@@ -68,7 +68,7 @@ impl Setup {
                 system: System::X86_64Linux,
                 pods_dir: pods,
                 patience: Duration::from_mins(5),
-                limits: Limits::default(),
+                limits: Limits { min_free: Some(0), max_free: None },
                 kubernetes: Kubernetes::default(),
             },
         );
