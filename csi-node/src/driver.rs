@@ -86,11 +86,7 @@ impl Driver {
     /// Puts in order what an earlier process left. Only while nothing is served yet.
     pub fn recover(&self) -> Result<(), PublishError> {
         self.store.recover().map_err(FetchError::from)?;
-        // A target that cannot be looked at is no reason not to serve the others.
-        if let Err(error) = self.reconcile() {
-            let error = anyhow::Error::new(error);
-            tracing::warn!("cannot compare the volumes with what kubelet knows: {error:#}");
-        }
+        self.reconcile_or_warn();
         self.store.empty_trash_later();
         Ok(())
     }
@@ -103,7 +99,7 @@ impl Driver {
             fetched: substituter.fetched(),
             ran_alone: substituter.ran_alone(),
             fetches: self.fetches.running(),
-            volumes: self.volumes.all().map_or(0, |volumes| volumes.len()),
+            volumes: self.volumes.ids().map_or(0, |volumes| volumes.len()),
             free_bytes,
             free_inodes,
         })
@@ -111,10 +107,14 @@ impl Driver {
 
     /// The last thing before the process ends: what was registered is on the disk then.
     pub fn finish(&self) -> Result<(), RegisterError> {
+        self.save_usage();
+        self.store.sync()
+    }
+
+    fn save_usage(&self) {
         if let Err(error) = self.usage.save() {
             tracing::warn!(%error, "cannot write down which views were used last");
         }
-        self.store.sync()
     }
 
     /// Does what is to be done beside calls, until what this gives back is dropped. To be called in a runtime.
@@ -134,10 +134,15 @@ impl Driver {
         loop {
             tokio::time::sleep(RECONCILED).await;
             let this = self.clone();
-            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || this.reconcile()).await {
-                let error = anyhow::Error::new(error);
-                tracing::warn!("cannot compare the volumes with what kubelet knows: {error:#}");
-            }
+            let _ = tokio::task::spawn_blocking(move || this.reconcile_or_warn()).await;
+        }
+    }
+
+    /// A target that cannot be looked at is no reason not to serve the others.
+    fn reconcile_or_warn(&self) {
+        if let Err(error) = self.reconcile() {
+            let error = anyhow::Error::new(error);
+            tracing::warn!("cannot compare the volumes with what kubelet knows: {error:#}");
         }
     }
 
@@ -149,17 +154,14 @@ impl Driver {
         loop {
             let now = tick.tick().await;
             self.fetches.end_unwanted();
-            let store = Arc::clone(&self.store);
+            let this = self.clone();
             let is_late = now.duration_since(start) > ADOPTED;
-            let usage = self.usage.clone();
             let looked_after = tokio::task::spawn_blocking(move || {
-                if let Err(error) = usage.save() {
-                    tracing::warn!(%error, "cannot write down which views were used last");
-                }
+                this.save_usage();
                 if is_late {
-                    store.staging().discard_leftovers();
+                    this.store.staging().discard_leftovers();
                 }
-                store.sync()
+                this.store.sync()
             });
             if let Ok(Err(error)) = looked_after.await {
                 let error = anyhow::Error::new(error);

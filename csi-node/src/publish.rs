@@ -187,20 +187,21 @@ impl Driver {
             entrypoints: request.attributes.entrypoints.clone(),
             database: request.attributes.database,
         };
+        let id = spec.id();
         let record = Record {
             volume: request.volume,
             target: request.target,
-            view: spec.id().to_string(),
+            view: id.to_string(),
             mode: request.mode,
             pod: request.pod,
         };
         if self.is_published(&record)? {
             return Ok(());
         }
-        let using = self.usage.begin(spec.id().as_str());
+        let using = self.usage.begin(id.as_str());
         // Two look-ups, whatever the view has in it.
-        let known = self.tenants.may_see(&record.pod.namespace, &spec.id());
-        let found = view::find(&self.store, &spec.id()).filter(|_| known);
+        let known = self.tenants.may_see(&record.pod.namespace, &id);
+        let found = view::find(&self.store, &id).filter(|_| known);
         let is_warm = found.is_some();
         let view = if let Some(view) = found {
             view
@@ -350,10 +351,11 @@ impl Driver {
     }
 
     async fn build_view(&self, spec: ViewSpec, closure: Arc<Closure>) -> Result<PathBuf, PublishError> {
-        let using = self.usage.begin(spec.id().as_str());
+        let id = spec.id();
+        let using = self.usage.begin(id.as_str());
         let building = self.building.clone().lock_owned().await;
-        if view::find(&self.store, &spec.id()).is_none() {
-            self.tenants.forget(spec.id().as_str());
+        if view::find(&self.store, &id).is_none() {
+            self.tenants.forget(id.as_str());
         }
         let store = Arc::clone(&self.store);
         let built = blocking(move || {

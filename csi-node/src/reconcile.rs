@@ -23,7 +23,7 @@ impl Driver {
         fs::read_dir(pods).map_err(read)?;
         let mut handles = None;
         let mut removed = 0;
-        for (id, _) in self.volumes.all()? {
+        for id in self.volumes.ids()? {
             // Somebody works with it, so it is not forgotten.
             let Ok(_operation) = self.ops.begin(&id) else { continue };
             // Only now: until here another call may have changed it.

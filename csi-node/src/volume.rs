@@ -125,9 +125,6 @@ pub enum VolumeError {
     },
 }
 
-/// A volume, and its record if it has one that can be read.
-pub(crate) type Entry = (VolumeId, Result<Option<Record>, VolumeError>);
-
 /// The volumes of a node store.
 #[derive(Clone)]
 pub struct Volumes {
@@ -193,34 +190,27 @@ impl Volumes {
     /// Forgets `id` and deletes its own files, by way of the trash. Unknown is well too.
     pub fn remove(&self, store: &NodeStore, id: &VolumeId) -> Result<(), VolumeError> {
         let dir = self.volume(id);
-        match store.discard(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(PathError::on("remove", &dir)(error).into())
-            }
-            _ => Ok(()),
-        }
+        Ok(store.discard_if_there(&dir).map_err(PathError::on("remove", &dir))?)
     }
 
     /// Every volume that is written down. One that cannot be read is an error of its own, not of the list.
     pub fn list(&self) -> Result<Vec<Result<Record, VolumeError>>, VolumeError> {
-        Ok(self.all()?.into_iter().filter_map(|(_, record)| record.transpose()).collect())
+        Ok(self.ids()?.iter().filter_map(|id| self.read(id).transpose()).collect())
     }
 
-    /// Every volume of which there is anything, with its record if it has one.
-    pub(crate) fn all(&self) -> Result<Vec<Entry>, VolumeError> {
+    /// Every volume of which there is anything.
+    pub(crate) fn ids(&self) -> Result<Vec<VolumeId>, VolumeError> {
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(PathError::on("read", &self.dir)(error).into()),
         };
-        let mut records = Vec::new();
+        let mut ids = Vec::new();
         for entry in entries {
             let name = entry.map_err(PathError::on("read", &self.dir))?.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            let record = self.read(&id);
-            records.push((id, record));
+            ids.extend(name.to_str().and_then(|name| name.parse().ok()));
         }
-        Ok(records)
+        Ok(ids)
     }
 }
 

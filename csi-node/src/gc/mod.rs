@@ -66,11 +66,11 @@ pub(crate) struct Collection {
 /// Whatever collection needs. A clone is the same.
 #[derive(Clone)]
 pub(crate) struct Collector {
-    pub(crate) store: Arc<NodeStore>,
-    pub(crate) volumes: Volumes,
-    pub(crate) usage: Usage,
-    pub(crate) tenants: Tenants,
-    pub(crate) limits: Limits,
+    store: Arc<NodeStore>,
+    volumes: Volumes,
+    usage: Usage,
+    tenants: Tenants,
+    limits: Limits,
     wanted: Arc<AtomicU64>,
     is_full: Arc<AtomicBool>,
     wake: Arc<Notify>,
@@ -172,6 +172,13 @@ impl Collector {
 
     /// Removes retired views that nothing shows any more.
     pub(crate) fn remove_retired(&self) -> Result<usize, CollectError> {
+        let views: HashSet<_> = self.views()?.into_iter().collect();
+        self.usage.retain(|view| views.contains(view));
+        // Mostly there is none, and then nobody's record has to be read.
+        let retired: Vec<_> = views.into_iter().filter(|name| view::is_retired(name)).collect();
+        if retired.is_empty() {
+            return Ok(0);
+        }
         let mounted = mount::names_below(&self.store.layout().views())?;
         let mut overlaid = HashSet::new();
         for record in self.volumes.list()? {
@@ -187,10 +194,8 @@ impl Collector {
             mounted.contains(name) || overlaid.contains(name.split('.').next().unwrap_or_default())
         };
         let mut removed = 0;
-        let views: HashSet<_> = self.views()?.into_iter().collect();
-        self.usage.retain(|view| views.contains(view));
-        for name in views {
-            if view::is_retired(&name) && !is_shown(&name) {
+        for name in retired {
+            if !is_shown(&name) {
                 let at = self.store.layout().views().join(&name);
                 self.store.discard(&at).map_err(PathError::on("clear away", &at))?;
                 removed += 1;
@@ -260,10 +265,7 @@ impl Collector {
         for Unused { view, used, .. } in &planned.views {
             let at = self.store.layout().views().join(view);
             let remove = || {
-                match self.store.discard(&at) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => {}
-                }
+                self.store.discard_if_there(&at)?;
                 self.store.remove_roots(view)
             };
             let removed = self.usage.remove_unless_used(view, *used, remove);

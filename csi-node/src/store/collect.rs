@@ -3,13 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use nix_csi_store::StorePath;
 use rustix::fs::FlockOperation;
 
-use super::{Graph, NodeStore, RegisterError, roots};
+use super::{Graph, NodeStore, RegisterError, locks, roots};
 use crate::path_error::PathError;
 
 /// What a collection of paths has done.
@@ -69,12 +68,7 @@ impl NodeStore {
         self.forget_strangers(&in_use)?;
         for path in &deleted {
             let at = self.layout.physical(path);
-            match self.discard(&at) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(PathError::on("clear away", &at)(error).into());
-                }
-                _ => {}
-            }
+            self.discard_if_there(&at).map_err(PathError::on("clear away", &at))?;
         }
         let strays = self.discard_strays(&in_use)?;
         Ok(Some(Collected { paths: deleted.len(), strays }))
@@ -124,8 +118,7 @@ impl NodeStore {
     /// Drops temporary roots of what has permanent ones now. Not while a collector runs: it may have read the permanent
     /// ones before they were there, and the temporary ones not yet.
     pub fn release(&self, roots: impl Send + 'static) {
-        let path = self.layout.state_dir().join("gc.lock");
-        let Ok(file) = File::open(&path) else { return drop(roots) };
+        let Ok(file) = locks::open(&self.layout.gc_lock()) else { return drop(roots) };
         if rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
             return drop(roots);
         }
@@ -140,9 +133,7 @@ impl NodeStore {
 
     /// Held by one collector at a time, ours or Nix's.
     fn gc_lock(&self) -> io::Result<Option<File>> {
-        let path = self.layout.state_dir().join("gc.lock");
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let file = locks::open(&self.layout.gc_lock())?;
         // Whoever writes a root holds it shared, for an instant.
         for _ in 0..100 {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {

@@ -302,10 +302,7 @@ impl Database {
         }
         let mut connection = locked(&self.writer);
         // On the disk before the files go: rows that a power cut brought back would have none.
-        connection.pragma_update(None, "synchronous", "full")?;
-        let deleted = delete(&mut connection, paths);
-        connection.pragma_update(None, "synchronous", "normal")?;
-        deleted
+        on_disk(&mut connection, |connection| delete(connection, paths))
     }
 
     /// Makes `paths` invalid, and all that refer to them. Gives back all that were valid.
@@ -411,6 +408,17 @@ fn delete(connection: &mut Connection, paths: &[StorePath]) -> Result<Vec<StoreP
     }
     transaction.commit()?;
     doomed.iter().map(|path| store_path(path)).collect()
+}
+
+/// Does what commits, so that it is on the disk when this returns.
+pub(super) fn on_disk<T, E: From<rusqlite::Error>>(
+    connection: &mut Connection,
+    work: impl FnOnce(&mut Connection) -> Result<T, E>,
+) -> Result<T, E> {
+    connection.pragma_update(None, "synchronous", "full")?;
+    let done = work(connection);
+    connection.pragma_update(None, "synchronous", "normal")?;
+    done
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

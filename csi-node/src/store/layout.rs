@@ -174,6 +174,11 @@ impl Layout {
         self.root.join("nix/var/nix")
     }
 
+    /// Nix's lock between collectors and whoever makes a root.
+    pub(super) fn gc_lock(&self) -> PathBuf {
+        self.state_dir().join("gc.lock")
+    }
+
     pub(super) fn db_dir(&self) -> PathBuf {
         self.state_dir().join("db")
     }

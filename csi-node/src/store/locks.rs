@@ -74,11 +74,15 @@ pub(super) fn remove_stale(layout: &Layout) -> io::Result<()> {
     Ok(())
 }
 
+/// Opens a lock file, making it if it is not there.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
 /// Opens and locks a lock file that its last holder did not give up: those are unlinked and not empty.
 pub(super) fn lock_fresh(path: &Path, operation: FlockOperation) -> io::Result<File> {
     loop {
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let file = open(path)?;
         rustix::fs::flock(&file, operation)?;
         // On a full disk it stays empty, but not linked.
         let found = file.metadata()?;

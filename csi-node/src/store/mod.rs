@@ -296,6 +296,14 @@ impl NodeStore {
         self.trash.discard(path)
     }
 
+    /// The same, of what may not be there.
+    pub fn discard_if_there(&self, path: &Path) -> io::Result<()> {
+        match self.discard(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            discarded => discarded,
+        }
+    }
+
     /// Puts in order what a process that was killed, or a machine that lost power, left: half fetched paths,
     /// half built views, and paths that the disk may not have.
     ///
@@ -386,12 +394,7 @@ impl NodeStore {
         self.provenance.forget(&forgotten)?;
         for path in forgotten {
             let at = self.layout.physical(&path);
-            match self.discard(&at) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(PathError::on("clear away", &at)(error).into());
-                }
-                _ => {}
-            }
+            self.discard_if_there(&at).map_err(PathError::on("clear away", &at))?;
         }
         self.trash.empty_later();
         Ok(())

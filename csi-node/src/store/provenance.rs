@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::db::on_disk;
 use nix_csi_store::StorePath;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
@@ -205,19 +206,13 @@ impl Provenance {
         is_durable: bool,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
     ) -> Result<(), ProvenanceError> {
-        let mut connection = self.locked();
-        let change = || {
-            if is_durable {
-                connection.pragma_update(None, "synchronous", "full")?;
-            }
+        let change = |connection: &mut Connection| {
             let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             work(&transaction)?;
             transaction.commit()
         };
-        let changed = change();
-        if is_durable {
-            connection.pragma_update(None, "synchronous", "normal").map_err(|source| self.failed(source))?;
-        }
+        let mut connection = self.locked();
+        let changed = if is_durable { on_disk(&mut connection, change) } else { change(&mut connection) };
         changed.map_err(|source| self.failed(source))
     }
 

@@ -14,6 +14,7 @@ use nix_csi_store::StorePath;
 use rustix::fs::FlockOperation;
 
 use super::layout::Layout;
+use super::locks;
 
 /// Nix reads every name in this directory as a number, and takes over the file of its own process id. So
 /// ours are numbers that no process can have.
@@ -37,7 +38,7 @@ impl TempRoots {
         Ok(Self(Arc::new(Inner {
             path,
             file,
-            gc_lock: layout.state_dir().join("gc.lock"),
+            gc_lock: layout.gc_lock(),
             gc_socket: layout.state_dir().join("gc-socket/socket"),
         })))
     }
@@ -46,13 +47,7 @@ impl TempRoots {
     pub(super) fn add(&mut self, paths: &[StorePath]) -> io::Result<()> {
         let Inner { file, .. } = &*self.0;
         let mut file = file;
-        let gc_lock = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&self.0.gc_lock)?;
+        let gc_lock = locks::open(&self.0.gc_lock)?;
         let mut lines = Vec::new();
         for path in paths {
             lines.extend_from_slice(path.to_string().as_bytes());

@@ -85,12 +85,17 @@ impl BinaryCache {
                 Place::Http { base: base.clone(), client, logins }
             }
         };
-        let name = public(&base).into();
+        let connections = Budget::new(connections.max(1), 8);
+        Self::at(public(&base).into(), place, attempts.max(1), connections)
+    }
+
+    /// One that has not answered anything yet.
+    fn at(name: Arc<str>, place: Place, attempts: u32, connections: Budget) -> Self {
         Self(Arc::new(Cache {
             name,
             place,
-            attempts: attempts.max(1),
-            connections: Budget::new(connections.max(1), 8),
+            attempts,
+            connections,
             info: tokio::sync::Mutex::default(),
             health: Mutex::default(),
             reason: Mutex::default(),
@@ -104,16 +109,8 @@ impl BinaryCache {
         let Place::Http { base, client, .. } = &self.0.place else { return None };
         logins.header(base)?;
         let (base, client, logins) = (base.clone(), client.clone(), Arc::clone(logins));
-        Some(Self(Arc::new(Cache {
-            name: Arc::clone(&self.0.name),
-            place: Place::Http { base, client, logins },
-            attempts: self.0.attempts,
-            connections: self.0.connections.clone(),
-            info: tokio::sync::Mutex::default(),
-            health: Mutex::default(),
-            reason: Mutex::default(),
-            missing: Mutex::default(),
-        })))
+        let place = Place::Http { base, client, logins };
+        Some(Self::at(Arc::clone(&self.0.name), place, self.0.attempts, self.0.connections.clone()))
     }
 
     /// How the cache is called in messages: its address, without what may be secret in it.
@@ -190,17 +187,11 @@ impl BinaryCache {
         let connection = self.connection(owner, Urgency::Nar(info.nar_size)).await;
         match &self.0.place {
             Place::Directory(directory) => {
-                let outside = || CacheError::NarUrl { url: info.url.clone() };
-                let file = beneath(directory, &info.url).ok_or_else(outside)?;
-                let gone = || CacheError::Gone { url: file.display().to_string() };
-                let opened = self.open(&file).await?.ok_or_else(gone)?;
+                let opened = self.open_nar(directory, info).await?;
                 Ok(Transfer::from_file(opened, self.name(), connection))
             }
             Place::Http { base, .. } => {
-                let url = join(base, &info.url)?;
-                if !matches!(url.scheme(), "http" | "https") {
-                    return Err(CacheError::NarUrl { url: public(&url) });
-                }
+                let url = nar_url(base, info)?;
                 // Worth it only for what is not compressed, and then zstd is the one that costs least.
                 let accepted =
                     if info.compression == Compression::None { ON_THE_WAY.as_str() } else { "identity" };
@@ -217,17 +208,9 @@ impl BinaryCache {
     pub(super) async fn gives(&self, owner: Owner, info: &NarInfo) -> Result<(), CacheError> {
         let _connection = self.connection(owner, Urgency::Question).await;
         match &self.0.place {
-            Place::Directory(directory) => {
-                let outside = || CacheError::NarUrl { url: info.url.clone() };
-                let file = beneath(directory, &info.url).ok_or_else(outside)?;
-                let gone = || CacheError::Gone { url: file.display().to_string() };
-                self.open(&file).await?.map(drop).ok_or_else(gone)
-            }
+            Place::Directory(directory) => self.open_nar(directory, info).await.map(drop),
             Place::Http { base, .. } => {
-                let url = join(base, &info.url)?;
-                if !matches!(url.scheme(), "http" | "https") {
-                    return Err(CacheError::NarUrl { url: public(&url) });
-                }
+                let url = nar_url(base, info)?;
                 let mut headers = accept("identity");
                 headers.insert(header::RANGE, HeaderValue::from_static("bytes=0-0"));
                 let gone = || CacheError::Gone { url: public(&url) };
@@ -311,6 +294,13 @@ impl BinaryCache {
                 Err(error) => tokio::time::sleep(retry_after(&error, attempt)).await,
             }
         }
+    }
+
+    async fn open_nar(&self, directory: &Path, info: &NarInfo) -> Result<tokio::fs::File, CacheError> {
+        let outside = || CacheError::NarUrl { url: info.url.clone() };
+        let file = beneath(directory, &info.url).ok_or_else(outside)?;
+        let gone = || CacheError::Gone { url: file.display().to_string() };
+        self.open(&file).await?.ok_or_else(gone)
     }
 
     async fn open(&self, path: &Path) -> Result<Option<tokio::fs::File>, CacheError> {
@@ -452,6 +442,16 @@ fn jitter() -> f64 {
 fn join(base: &Url, relative: &str) -> Result<Url, CacheError> {
     let without_query = || relative.split('?').next().unwrap_or_default().to_owned();
     base.join(relative).map_err(|_| CacheError::NarUrl { url: without_query() })
+}
+
+/// Where the NAR is that a narinfo of the cache at `base` names.
+fn nar_url(base: &Url, info: &NarInfo) -> Result<Url, CacheError> {
+    let url = join(base, &info.url)?;
+    if matches!(url.scheme(), "http" | "https") {
+        Ok(url)
+    } else {
+        Err(CacheError::NarUrl { url: public(&url) })
+    }
 }
 
 /// A file below `directory`, or nothing if `relative` leads elsewhere.

@@ -112,7 +112,6 @@ impl Fetches {
         let Some(Credentials { logins, id }) = credentials else { return self.substituter.clone() };
         let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        others.retain(|_, (_, used)| now.duration_since(*used) < REMEMBERED);
         let (substituter, used) = others.entry(*id).or_insert_with(|| (self.substituter.with(logins), now));
         *used = now;
         substituter.clone()
