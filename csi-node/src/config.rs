@@ -11,7 +11,7 @@ use nix_csi_store::{Netrc, ParseKeyError, ParseNetrcError, PublicKey, TrustedKey
 use reqwest::Url;
 
 use crate::gc::Limits;
-use crate::substituter::{Logins, ParseTokensError, without_secrets};
+use crate::substituter::{Largest, Logins, ParseTokensError, without_secrets};
 
 /// Why the options cannot be used. The process stops: nothing is silently replaced by a default.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +96,8 @@ pub struct Config {
     pub download_attempts: u32,
     /// `ssl-cert-file`: certificate authorities, instead of those that come with this program.
     pub ssl_cert_file: Option<PathBuf>,
+    /// `max-closure-paths` and `max-closure-size`, which Nix does not have.
+    pub largest: Largest,
     /// `min-free` and `max-free`: when collection begins, and when it ends.
     pub limits: Limits,
     /// `netrc-file`: names and passwords for caches.
@@ -128,6 +130,7 @@ impl Default for Config {
             stalled_download_timeout: Duration::from_mins(5),
             download_attempts: 5,
             ssl_cert_file: None,
+            largest: Largest::default(),
             limits: Limits::default(),
             netrc_file: None,
             bearer_tokens_file: None,
@@ -246,6 +249,8 @@ impl Config {
                 "stalled-download-timeout" => config.stalled_download_timeout = setting.seconds()?,
                 "download-attempts" => config.download_attempts = setting.number()?,
                 "ssl-cert-file" => config.ssl_cert_file = setting.file(),
+                "max-closure-paths" => config.largest.paths = setting.number()?,
+                "max-closure-size" => config.largest.bytes = setting.bytes()?,
                 "min-free" => config.limits.min_free = Some(setting.bytes()?),
                 "max-free" => config.limits.max_free = Some(setting.bytes()?),
                 "netrc-file" => config.netrc_file = setting.file(),
@@ -289,6 +294,8 @@ mod tests {
         assert_eq!((config.require_sigs, config.http_connections), (false, 8));
         assert_eq!(config.trusted_public_keys, Config::default().trusted_public_keys);
         assert_eq!(unknown, ["max-jobs"]);
+        let (config, _) = Config::parse("max-closure-paths = 10\nmax-closure-size = 2g").unwrap();
+        assert_eq!(config.largest, Largest { paths: 10, bytes: 2 << 30 });
         let (config, _) = Config::parse("min-free = 5G\nmax-free = 1024").unwrap();
         assert_eq!(config.limits, Limits { min_free: Some(5 << 30), max_free: Some(1024) });
     }

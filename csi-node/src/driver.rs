@@ -222,5 +222,5 @@ pub fn start_substituter(store: Arc<NodeStore>, config: &Config) -> anyhow::Resu
     };
     let caches = config.substituters.iter().map(cache).collect();
     let trust = Trust { keys: config.trusted_keys(), require_sigs: config.require_sigs };
-    Substituter::new(store, caches, trust).context("cannot start restore threads")
+    Substituter::new(store, caches, trust, config.largest).context("cannot start restore threads")
 }

@@ -15,9 +15,21 @@ pub mod small_fs;
 mod tls_server;
 pub mod tree;
 
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+
 pub use cache_server::{CacheServer, Rule, Seen};
 pub use fault::{Fault, FaultProxy};
 pub use fixtures::{Fixture, Fixtures};
 pub use http::StaticServer;
 pub use refusal::{chain, refusal};
 pub use tls_server::{Asked, Authority, Ending, Identity, TlsServer};
+
+/// The `nix-csi-node` that was built beside the test that asks.
+pub fn node_program() -> Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let program = test.ancestors().nth(2).context("a target directory")?.join("nix-csi-node");
+    ensure!(program.exists(), "{} is missing; e2e/kernel-tests.sh builds it", program.display());
+    Ok(program)
+}

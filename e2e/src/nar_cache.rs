@@ -113,6 +113,20 @@ impl NarCache {
     }
 }
 
+/// A NAR of one file.
+pub fn nar_of_file(contents: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut word = |bytes: &[u8]| {
+        out.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+        out.extend_from_slice(bytes);
+        out.resize(out.len().next_multiple_of(8), 0);
+    };
+    for bytes in [&b"nix-archive-1"[..], b"(", b"type", b"regular", b"contents", contents, b")"] {
+        word(bytes);
+    }
+    out
+}
+
 /// A server of one directory, with one line to all clients together, that writes down what it is asked for.
 pub struct SlowServer {
     port: u16,

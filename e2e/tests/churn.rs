@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix_csi_e2e::driver::{Volume, channel, mounts_below};
 use nix_csi_e2e::nar_cache::SlowServer;
-use nix_csi_e2e::{CacheServer, Fixtures, Rule, nix, tree};
+use nix_csi_e2e::{CacheServer, Fixtures, Rule, nix, node_program, tree};
 use nix_csi_node::store::NodeStore;
 use nix_csi_proto::csi::node_client::NodeClient;
 use nix_csi_proto::csi::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability};
@@ -52,10 +52,7 @@ impl Process {
         fs::write(dir.path().join("nix.conf"), config)?;
         fs::write(dir.path().join("boot-id"), format!("{ANOTHER_BOOT}\n"))?;
         fs::create_dir_all(dir.path().join("kubelet/pods"))?;
-        // Beside the directory with this test.
-        let program =
-            std::env::current_exe()?.ancestors().nth(2).context("a target directory")?.join("nix-csi-node");
-        ensure!(program.exists(), "{} is missing; e2e/kernel-tests.sh builds it", program.display());
+        let program = node_program()?;
         Ok(Self { fixtures, dir, program, child: Mutex::default(), kills: AtomicUsize::new(0) })
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix_csi_e2e::driver::{channel, mounts_below};
-use nix_csi_e2e::{Fixtures, StaticServer, nix, tree};
+use nix_csi_e2e::{Fixtures, StaticServer, nix, node_program, tree};
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, RootLock};
 use nix_csi_node::{Driver, DriverOptions, Kubernetes, Limits, Sockets, serve, start_substituter};
@@ -443,10 +443,7 @@ async fn kubelet_is_told_who_this_is() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_line_keeps_off_a_root_in_use() -> Result<()> {
     let setup = Setup::new().await?;
-    // `target/<profile>/deps/<this test>`
-    let this = std::env::current_exe()?;
-    let program = this.ancestors().nth(2).context("a target directory")?.join("nix-csi-node");
-    ensure!(program.exists(), "{} is missing; e2e/kernel-tests.sh builds it", program.display());
+    let program = node_program()?;
     let run = |args: &[&str]| Command::new(&program).arg("--root").arg(setup.root()).args(args).output();
     let hello = setup.path("hello");
     for command in [&["fetch", &hello][..], &["view", &hello], &["delete-node-data", "--yes"]] {

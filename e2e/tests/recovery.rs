@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix_csi_e2e::nar_cache::SlowServer;
-use nix_csi_e2e::{Fixtures, nix, tree};
+use nix_csi_e2e::{Fixtures, nix, node_program, tree};
 use nix_csi_node::config::Config;
 use nix_csi_node::start_substituter;
 use nix_csi_node::store::NodeStore;
@@ -85,10 +85,7 @@ impl Node {
             format!("substituters = {}\ntrusted-public-keys = {}\n", server.url(), fixtures.public_key()?);
         fs::write(dir.path().join("nix.conf"), config)?;
         fs::write(dir.path().join("boot-id"), format!("{ANOTHER_BOOT}\n"))?;
-        // Beside the directory with this test.
-        let program =
-            std::env::current_exe()?.ancestors().nth(2).context("a target directory")?.join("nix-csi-node");
-        ensure!(program.exists(), "{} is missing; e2e/kernel-tests.sh builds it", program.display());
+        let program = node_program()?;
         Ok(Self { fixtures, server, dir, program })
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix_csi_e2e::driver::{TestNode, Volume, config};
-use nix_csi_e2e::nar_cache::NarCache;
+use nix_csi_e2e::nar_cache::{NarCache, nar_of_file};
 use nix_csi_e2e::{CacheServer, Fixtures, Rule, Seen, nix};
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, Origin};
@@ -226,8 +226,8 @@ async fn a_private_dependency_keeps_the_package_away() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_build_of_a_private_path_does_not_open_it() -> Result<()> {
     let (theirs, ours) = (NarCache::with_key("theirs-1")?, NarCache::with_key("ours-1")?);
-    let path = theirs.add("x", &nar(b"secret"))?;
-    assert_eq!(ours.add("x", &nar(b"public"))?, path);
+    let path = theirs.add("x", &nar_of_file(b"secret"))?;
+    assert_eq!(ours.add("x", &nar_of_file(b"public"))?, path);
     let secret = CacheServer::start(theirs.dir())?;
     lock(&secret, 404);
     let public = CacheServer::start(ours.dir())?;
@@ -269,18 +269,4 @@ async fn a_secret_that_says_nothing_is_refused(
     // Nobody was asked for anything.
     assert_eq!(cache.requests("").len(), 0);
     Ok(())
-}
-
-/// A NAR of one file.
-fn nar(contents: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut word = |bytes: &[u8]| {
-        out.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
-        out.extend_from_slice(bytes);
-        out.resize(out.len().next_multiple_of(8), 0);
-    };
-    for bytes in [&b"nix-archive-1"[..], b"(", b"type", b"regular", b"contents", contents, b")"] {
-        word(bytes);
-    }
-    out
 }

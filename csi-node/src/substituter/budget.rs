@@ -33,6 +33,13 @@ pub(super) struct Share {
     units: usize,
 }
 
+impl Share {
+    /// In whose turn it was granted.
+    pub(super) fn owner(&self) -> Owner {
+        self.owner
+    }
+}
+
 impl Budget {
     /// `total` units, of which a `1/reserve_part` is kept for newcomers.
     pub(super) fn new(total: usize, reserve_part: usize) -> Self {

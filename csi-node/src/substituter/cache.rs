@@ -14,11 +14,12 @@ use tokio::io::AsyncReadExt as _;
 use super::budget::{Budget, Share};
 use super::decode::decoder;
 use super::error::CacheError;
-use super::fair::{Owner, Urgency};
+use super::fair::Urgency;
 use super::health::Health;
 use super::info::{self, CacheInfo};
 use super::login::Logins;
 use super::transfer::{self, Transfer};
+use super::turns::Turns;
 
 /// Larger answers to a narinfo request are not read to their end.
 const MAX_NARINFO: usize = 256 * 1024;
@@ -125,12 +126,12 @@ impl BinaryCache {
 
     /// Where the cache stands among others: lower is asked earlier. The cache is asked for it once; one that cannot
     /// be asked stands where one stands that says nothing. The only error is that it is of another store.
-    pub(super) async fn priority(&self, owner: Owner) -> Result<u32, CacheError> {
+    pub(super) async fn priority(&self, turns: &Turns) -> Result<u32, CacheError> {
         let mut known = self.0.info.lock().await;
         let is_old = |known: &Known| known.until.is_some_and(|until| until < Instant::now());
         if known.as_ref().is_none_or(is_old) {
             // Waiting for the others' questions is not the cache's fault.
-            let connection = self.connection(owner, Urgency::Question).await;
+            let connection = self.connection(turns, Urgency::Question).await;
             let start = Instant::now();
             let asked = self.small(connection, "nix-cache-info", info::MAX_LEN);
             let (said, until) = match tokio::time::timeout(ANSWERED, asked).await {
@@ -159,14 +160,14 @@ impl BinaryCache {
     /// What the cache says about `path`, or `None` if it does not have it.
     pub(super) async fn narinfo(
         &self,
-        owner: Owner,
+        turns: &Turns,
         path: &StorePath,
     ) -> Result<Option<NarInfo>, CacheError> {
         if self.is_known_missing(path) {
             return Ok(None);
         }
         let file = format!("{}.narinfo", path.hash());
-        let connection = self.connection(owner, Urgency::Question).await;
+        let connection = self.connection(turns, Urgency::Question).await;
         let Some(body) = self.small(connection, &file, MAX_NARINFO).await? else {
             self.remember_missing(path);
             return Ok(None);
@@ -183,8 +184,8 @@ impl BinaryCache {
     }
 
     /// The beginning of a NAR's transfer.
-    pub(super) async fn nar(&self, owner: Owner, info: &NarInfo) -> Result<Transfer, CacheError> {
-        let connection = self.connection(owner, Urgency::Nar(info.nar_size)).await;
+    pub(super) async fn nar(&self, turns: &Turns, info: &NarInfo) -> Result<Transfer, CacheError> {
+        let connection = self.connection(turns, Urgency::Nar(info.nar_size)).await;
         match &self.0.place {
             Place::Directory(directory) => {
                 let opened = self.open_nar(directory, info).await?;
@@ -205,8 +206,8 @@ impl BinaryCache {
     }
 
     /// Whether the cache really gives the path's NAR. Not more than its first byte is asked for.
-    pub(super) async fn gives(&self, owner: Owner, info: &NarInfo) -> Result<(), CacheError> {
-        let _connection = self.connection(owner, Urgency::Question).await;
+    pub(super) async fn gives(&self, turns: &Turns, info: &NarInfo) -> Result<(), CacheError> {
+        let _connection = self.connection(turns, Urgency::Question).await;
         match &self.0.place {
             Place::Directory(directory) => self.open_nar(directory, info).await.map(drop),
             Place::Http { base, .. } => {
@@ -239,8 +240,8 @@ impl BinaryCache {
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner).failed(Instant::now());
     }
 
-    async fn connection(&self, owner: Owner, urgency: Urgency) -> Share {
-        self.0.connections.acquire(owner, urgency, 1).await
+    async fn connection(&self, turns: &Turns, urgency: Urgency) -> Share {
+        turns.acquire(&self.0.connections, urgency, 1).await
     }
 
     /// A whole file of at most `limit` bytes, over that connection.

@@ -10,12 +10,13 @@ use tokio::sync::mpsc;
 use super::budget::Share;
 use super::cache::{ON_THE_WAY, retry_after};
 use super::error::{CacheError, FetchError};
-use super::fair::Owner;
+use super::fair::Urgency;
 use super::fetch::Engine;
 use super::flight::Shown;
 use super::lookup::{Caches, Proof, Source, look_up};
 use super::pool::RestorePool;
 use super::transfer::Transfer;
+use super::turns::Turns;
 use super::unpack::{Chunks, Unpack, Unpacked, largest_body};
 use super::window;
 use crate::store::{PathInfo, Place, Staged};
@@ -81,7 +82,7 @@ impl Engine {
         &self,
         caches: &Caches,
         mut source: Source,
-        owner: Owner,
+        turns: &Turns,
         shown: &Shown,
     ) -> Result<Staged, FetchError> {
         let mut failed = Vec::new();
@@ -90,7 +91,7 @@ impl Engine {
         loop {
             // What proves itself by its content is looked at again in any case.
             if !matches!(source.proof, Proof::Content(_))
-                && self.may_adopt(&source, owner).await
+                && self.may_adopt(&source, turns).await
                 && let Some(staged) = self.store.staging().adopt(&source.info, || source.origin())
             {
                 return Ok(staged);
@@ -98,7 +99,7 @@ impl Engine {
             attempt += 1;
             *shown.cache.lock().unwrap_or_else(PoisonError::into_inner) =
                 Some(Arc::clone(source.cache.name()));
-            let error = match self.download(&source, owner, shown).await {
+            let error = match self.download(&source, turns, shown).await {
                 Ok(staged) => return Ok(staged),
                 Err(error) => error,
             };
@@ -121,7 +122,7 @@ impl Engine {
                 source.cache.failed(cause);
             }
             failed.push(source.number);
-            let next = look_up(caches, &self.trust, owner, &source.info.path, &failed).await;
+            let next = look_up(caches, &self.trust, turns, &source.info.path, &failed).await;
             match next {
                 // What was walked already must be what arrives.
                 Ok(next) if next.info.references == source.info.references => {
@@ -134,19 +135,19 @@ impl Engine {
 
     /// Whether what an earlier process may have left can be taken. What came for somebody's credentials only is taken
     /// where the cache gives it now, too: a narinfo alone does not say that.
-    async fn may_adopt(&self, source: &Source, owner: Owner) -> bool {
+    async fn may_adopt(&self, source: &Source, turns: &Turns) -> bool {
         !self.store.staging().is_left_private(&source.info.path)
-            || source.cache.gives(owner, &source.info).await.is_ok()
+            || source.cache.gives(turns, &source.info).await.is_ok()
     }
 
     /// Restores one path from one cache, once.
-    async fn download(&self, source: &Source, owner: Owner, shown: &Shown) -> Result<Staged, FetchError> {
+    async fn download(&self, source: &Source, turns: &Turns, shown: &Shown) -> Result<Staged, FetchError> {
         let info = &source.info;
         let mut way = Way::first(info);
         // Whole, then as a stream, then with what it really needs.
         for _ in 0..3 {
             let place = self.place(info)?;
-            match self.attempt(source, owner, way, &place, shown).await? {
+            match self.attempt(source, turns, way, &place, shown).await? {
                 Attempt::Done(Unpacked { is_dir }) => {
                     let info = PathInfo::from((**info).clone());
                     return Ok(place.verified(info, source.origin(), is_dir));
@@ -169,7 +170,7 @@ impl Engine {
     async fn attempt(
         &self,
         source: &Source,
-        owner: Owner,
+        turns: &Turns,
         way: Way,
         place: &Arc<Place>,
         shown: &Shown,
@@ -180,9 +181,8 @@ impl Engine {
             cache: cache.name().to_string(),
             source,
         };
-        let memory =
-            self.memory.acquire(owner, super::fair::Urgency::Nar(info.nar_size), way.memory(info)).await;
-        let mut transfer = cache.nar(owner, info).await.map_err(failed)?;
+        let memory = turns.acquire(&self.memory, Urgency::Nar(info.nar_size), way.memory(info)).await;
+        let mut transfer = cache.nar(turns, info).await.map_err(failed)?;
         let compressions = [transfer.encoding().unwrap_or(Compression::None), info.compression];
         let is_nested = !compressions.contains(&Compression::None);
         let as_stream = |head: &[u8]| Way::Stream { decoder: decoder_memory(compressions, head), is_nested };
@@ -214,7 +214,7 @@ impl Engine {
                 drop(transfer);
                 let needed = decoder_memory(compressions, &body);
                 check_window(source, needed)?;
-                return self.pool.whole(owner, unpack(needed), body, memory).await.map(Attempt::Done);
+                return self.pool.whole(unpack(needed), body, memory).await.map(Attempt::Done);
             }
             Way::Stream { .. } => head(&mut transfer).await.map_err(failed)?,
         };

@@ -311,13 +311,13 @@ pub enum FetchError {
         cache: String,
     },
     /// More than a node should be asked for.
-    #[error("the closure has more than {limit} paths")]
+    #[error("the closure has more than {limit} paths, which is this node's max-closure-paths")]
     TooManyPaths {
         /// The most.
         limit: usize,
     },
     /// Larger than a node should be asked for.
-    #[error("the closure has more than {limit} bytes")]
+    #[error("the closure has more than {limit} bytes, which is this node's max-closure-size")]
     TooManyBytes {
         /// The most.
         limit: u64,

@@ -22,14 +22,11 @@ use super::login::Logins;
 use super::lookup::{Caches, Source, Trust, look_up};
 use super::partial::closed;
 use super::pool::RestorePool;
+use super::turns::Turns;
 use crate::store::{NodeStore, Origin, Staged, TempRoots};
 
 /// What all decoders and buffers take together, unless one alone needs more.
 const MEMORY: usize = 40 << 20;
-/// More paths than any closure that a pod should mount.
-const MAX_PATHS: usize = 100_000;
-/// The same for the bytes of their NARs.
-const MAX_BYTES: u64 = 1 << 40;
 /// A closure that takes longer than this is registered in parts, as far as it is closed.
 const PART: Duration = Duration::from_secs(2);
 /// How often those who watch are told.
@@ -78,10 +75,27 @@ pub struct Closure {
     _roots: TempRoots,
 }
 
+/// How large a closure may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Largest {
+    /// Paths of it that are fetched.
+    pub paths: usize,
+    /// The bytes of their NARs.
+    pub bytes: u64,
+}
+
+impl Default for Largest {
+    /// More than any closure that a pod should mount.
+    fn default() -> Self {
+        Self { paths: 100_000, bytes: 1 << 40 }
+    }
+}
+
 /// What all fetches of a node work with, whoever's credentials they have.
 pub(super) struct Engine {
     pub(super) store: Arc<NodeStore>,
     pub(super) trust: Trust,
+    largest: Largest,
     pub(super) memory: Budget,
     pub(super) pool: RestorePool,
     /// How many paths needed more than the whole memory budget, and ran alone.
@@ -89,6 +103,12 @@ pub(super) struct Engine {
     /// Paths fetched and registered, and the bytes of their NARs.
     fetched: (AtomicU64, AtomicU64),
     owners: AtomicU64,
+}
+
+impl Engine {
+    fn next_owner(&self) -> Owner {
+        self.owners.fetch_add(1, Ordering::Relaxed)
+    }
 }
 
 /// Fetches closures into one store, with certain credentials. A clone is the same.
@@ -102,11 +122,17 @@ pub struct Substituter {
 
 impl Substituter {
     /// A substituter with its own restore threads, one for each core.
-    pub fn new(store: Arc<NodeStore>, caches: Vec<BinaryCache>, trust: Trust) -> io::Result<Self> {
+    pub fn new(
+        store: Arc<NodeStore>,
+        caches: Vec<BinaryCache>,
+        trust: Trust,
+        largest: Largest,
+    ) -> io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(2, NonZero::get);
         let engine = Engine {
             store,
             trust,
+            largest,
             memory: Budget::new(MEMORY, 4),
             pool: RestorePool::start(cores)?,
             alone: AtomicU64::new(0),
@@ -129,10 +155,11 @@ impl Substituter {
     /// Asks the caches for paths that are valid: who gives them to whoever has these credentials. The same error as if
     /// they were not valid here.
     pub async fn prove(&self, paths: &[StorePath]) -> Result<Vec<(StorePath, Origin)>, FetchError> {
-        let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
+        let turns = Turns::only(self.engine.next_owner());
         let asked = paths.to_vec();
         let valid = self.blocking(move |store| store.hashes(&asked)).await??;
-        let mut answers: FuturesUnordered<_> = paths.iter().map(|path| self.who_gives(owner, path)).collect();
+        let mut answers: FuturesUnordered<_> =
+            paths.iter().map(|path| self.who_gives(&turns, path)).collect();
         let mut proved = Vec::new();
         while let Some(source) = answers.next().await {
             let source = source?;
@@ -158,15 +185,15 @@ impl Substituter {
     }
 
     /// Who not only knows a path, but gives it: a narinfo is often there for everybody.
-    async fn who_gives(&self, owner: Owner, path: &StorePath) -> Result<Source, FetchError> {
+    async fn who_gives(&self, turns: &Turns, path: &StorePath) -> Result<Source, FetchError> {
         let mut except = Vec::new();
         let mut refused = None;
         loop {
-            let source = match look_up(&self.caches, &self.engine.trust, owner, path, &except).await {
+            let source = match look_up(&self.caches, &self.engine.trust, turns, path, &except).await {
                 Ok(source) => source,
                 Err(error) => return Err(refused.unwrap_or(error)),
             };
-            match source.cache.gives(owner, &source.info).await {
+            match source.cache.gives(turns, &source.info).await {
                 Ok(()) => return Ok(source),
                 Err(error) => {
                     let (path, cache) = (path.clone(), source.cache.name().to_string());
@@ -190,7 +217,7 @@ impl Substituter {
         progress: &watch::Sender<Progress>,
     ) -> Result<Closure, FetchError> {
         let pins = self.blocking(NodeStore::temp_roots).await??;
-        let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
+        let owner = self.engine.next_owner();
         let mut walk = Walk {
             substituter: self,
             owner,
@@ -218,7 +245,7 @@ impl Substituter {
 
     /// Fetches one path into staging, although it may be valid.
     pub async fn fetch_again(&self, path: &StorePath) -> Result<Arc<Staged>, FetchError> {
-        let owner = self.engine.owners.fetch_add(1, Ordering::Relaxed);
+        let owner = self.engine.next_owner();
         let flight = self.flights.join(&self.engine, &self.caches, path, owner);
         flight.staged.clone().await.map_err(FetchError::Shared)
     }
@@ -269,16 +296,17 @@ impl Walk<'_> {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         let mut found = roots.to_vec();
+        let Largest { paths: most_paths, bytes: most_bytes } = self.substituter.engine.largest;
         loop {
             let mut new = HashSet::new();
             found.retain(|path| !self.seen.contains(path) && new.insert(path.clone()));
             let missing = self.missing(std::mem::take(&mut found)).await?;
             self.seen.extend(new);
             for path in missing {
-                if self.fetching.len() + self.arrived.len() + self.registered.len() >= MAX_PATHS {
+                if self.fetching.len() + self.arrived.len() + self.registered.len() >= most_paths {
                     // Not all of them are on their way, so none counts as valid any more.
                     self.seen.clear();
-                    return Err(FetchError::TooManyPaths { limit: MAX_PATHS });
+                    return Err(FetchError::TooManyPaths { limit: most_paths });
                 }
                 let Substituter { engine, caches, flights } = self.substituter;
                 let flight = flights.join(engine, caches, &path, self.owner);
@@ -294,8 +322,8 @@ impl Walk<'_> {
                 Some(info) = infos.next() => {
                     let info = info.map_err(FetchError::Shared)?;
                     self.bytes_total = self.bytes_total.saturating_add(info.nar_size);
-                    if self.bytes_total > MAX_BYTES {
-                        return Err(FetchError::TooManyBytes { limit: MAX_BYTES });
+                    if self.bytes_total > most_bytes {
+                        return Err(FetchError::TooManyBytes { limit: most_bytes });
                     }
                     found.clone_from(&info.references);
                 }

@@ -16,6 +16,7 @@ use super::fair::Owner;
 use super::fetch::Engine;
 use super::lookup::{Caches, look_up};
 use super::stop::{Stop, Waiting};
+use super::turns::{Joining, Turns};
 use crate::store::Staged;
 
 type Outcome<T> = Result<Arc<T>, Arc<FetchError>>;
@@ -30,6 +31,7 @@ pub(super) struct Flight {
     /// Which cache it comes from.
     pub(super) cache: Arc<Mutex<Option<Arc<str>>>>,
     decoded: Arc<AtomicU64>,
+    joining: Joining,
     task: AbortHandle,
     _waiting: Waiting,
 }
@@ -59,7 +61,7 @@ pub(super) struct Shown {
 }
 
 impl Flights {
-    /// Joins the path's flight, or begins one in the turn of `owner`.
+    /// Joins the path's flight, or begins one: it waits in the turns of `owner` from here on.
     pub(super) fn join(
         &self,
         engine: &Arc<Engine>,
@@ -69,6 +71,7 @@ impl Flights {
     ) -> Arc<Flight> {
         let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(flight) = flights.get(path).and_then(Weak::upgrade) {
+            flight.joining.join(owner);
             return flight;
         }
         if flights.len() >= 1024 && flights.len().is_power_of_two() {
@@ -82,12 +85,13 @@ impl Flights {
 
 fn begin(engine: Arc<Engine>, caches: Arc<Caches>, path: StorePath, owner: Owner) -> Flight {
     let (stop, waiting) = Stop::new();
+    let (joining, turns) = Turns::of(owner);
     let shown = Shown { stop, decoded: Arc::default(), cache: Arc::default() };
     let (decoded, cache) = (Arc::clone(&shown.decoded), Arc::clone(&shown.cache));
     let (found, info) = oneshot::channel();
     let span = tracing::info_span!("substitute", %path);
     let task = async move {
-        let source = match look_up(&caches, &engine.trust, owner, &path, &[]).await {
+        let source = match look_up(&caches, &engine.trust, &turns, &path, &[]).await {
             Ok(source) => source,
             Err(error) => {
                 let error = Arc::new(error);
@@ -96,12 +100,12 @@ fn begin(engine: Arc<Engine>, caches: Arc<Caches>, path: StorePath, owner: Owner
             }
         };
         let _ = found.send(Ok(Arc::clone(&source.info)));
-        engine.obtain(&caches, source, owner, &shown).await.map(Arc::new).map_err(Arc::new)
+        engine.obtain(&caches, source, &turns, &shown).await.map(Arc::new).map_err(Arc::new)
     };
     let task = tokio::spawn(task.instrument(span));
     let abort = task.abort_handle();
     let stopped = || Arc::new(FetchError::Stopped);
     let info = info.map(move |info| info.unwrap_or_else(|_| Err(stopped()))).boxed().shared();
     let staged = task.map(move |staged| staged.unwrap_or_else(|_| Err(stopped()))).boxed().shared();
-    Flight { info, staged, cache, decoded, task: abort, _waiting: waiting }
+    Flight { info, staged, cache, decoded, joining, task: abort, _waiting: waiting }
 }

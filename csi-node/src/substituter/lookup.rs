@@ -10,7 +10,7 @@ use nix_csi_store::{ContentAddress, NarInfo, StorePath, TrustedKeys};
 use super::cache::BinaryCache;
 use super::content;
 use super::error::{CacheError, FetchError};
-use super::fair::Owner;
+use super::turns::Turns;
 use crate::store::Origin;
 
 /// Whose word counts.
@@ -101,16 +101,16 @@ impl Trust {
 pub(super) async fn look_up(
     caches: &Caches,
     trust: &Trust,
-    owner: Owner,
+    turns: &Turns,
     path: &StorePath,
     except: &[usize],
 ) -> Result<Source, FetchError> {
     let mut failed = None;
     let mut first = 0;
     for (part, is_private) in [(&caches.public, false), (&caches.private, true)] {
-        for tier in tiers(part, first, owner, except).await {
+        for tier in tiers(part, first, turns, except).await {
             let mut asked: FuturesUnordered<_> =
-                tier.into_iter().map(|n| ask(&part[n], first + n, is_private, trust, owner, path)).collect();
+                tier.into_iter().map(|n| ask(&part[n], first + n, is_private, trust, turns, path)).collect();
             while let Some(answer) = asked.next().await {
                 match answer {
                     Ok(Some(source)) => return Ok(source),
@@ -139,12 +139,12 @@ async fn ask(
     number: usize,
     is_private: bool,
     trust: &Trust,
-    owner: Owner,
+    turns: &Turns,
     path: &StorePath,
 ) -> Result<Option<Source>, FetchError> {
     let failed = |source| FetchError::Lookup { path: path.clone(), source };
     // Also says whether the cache is one of this store at all.
-    let (priority, info) = tokio::join!(cache.priority(owner), cache.narinfo(owner, path));
+    let (priority, info) = tokio::join!(cache.priority(turns), cache.narinfo(turns, path));
     priority.map_err(failed)?;
     let Some(info) = info.map_err(failed)? else { return Ok(None) };
     let proof = trust.check(&info, cache.name())?;
@@ -152,14 +152,14 @@ async fn ask(
 }
 
 /// The caches by their priority, the lowest number first. The number of the first one is `first`.
-async fn tiers(caches: &[BinaryCache], first: usize, owner: Owner, except: &[usize]) -> Vec<Vec<usize>> {
+async fn tiers(caches: &[BinaryCache], first: usize, turns: &Turns, except: &[usize]) -> Vec<Vec<usize>> {
     let left: Vec<_> = (0..caches.len()).filter(|number| !except.contains(&(first + number))).collect();
     if left.len() < 2 {
         return vec![left];
     }
     let mut priorities: FuturesUnordered<_> = left
         .into_iter()
-        .map(|number| async move { (caches[number].priority(owner).await, number) })
+        .map(|number| async move { (caches[number].priority(turns).await, number) })
         .collect();
     let mut tiers = BTreeMap::<_, Vec<usize>>::new();
     while let Some((priority, number)) = priorities.next().await {

@@ -27,6 +27,7 @@ mod pool;
 mod share;
 mod stop;
 mod transfer;
+mod turns;
 mod unpack;
 mod window;
 
@@ -35,7 +36,7 @@ pub(crate) use cache::public as without_secrets;
 pub use client::{ClientError, client};
 pub use content::ContentError;
 pub use error::{CacheError, FetchError};
-pub use fetch::{Closure, Progress, Substituter};
+pub use fetch::{Closure, Largest, Progress, Substituter};
 pub use login::{Credentials, Logins, ParseCredentialsError, ParseTokensError};
 pub use lookup::Trust;
 pub use share::{Fetches, Waited};

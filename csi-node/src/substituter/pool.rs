@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::budget::Share;
 use super::error::FetchError;
-use super::fair::{FairQueue, Owner, Urgency};
+use super::fair::{FairQueue, Urgency};
 use super::unpack::{Chunks, Unpack, Unpacked};
 
 type Outcome = Result<Unpacked, FetchError>;
@@ -55,10 +55,12 @@ impl RestorePool {
     }
 
     /// Restores what has arrived.
-    pub(super) async fn whole(&self, owner: Owner, unpack: Unpack, body: Vec<u8>, memory: Share) -> Outcome {
+    pub(super) async fn whole(&self, unpack: Unpack, body: Vec<u8>, memory: Share) -> Outcome {
         let (done, restored) = oneshot::channel();
         let urgency = Urgency::Nar(unpack.info.nar_size);
         let shared = &self.0.0;
+        // In the turn that gave it its memory.
+        let owner = memory.owner();
         let job = Job { unpack, body, memory, done };
         shared.queue.lock().unwrap_or_else(PoisonError::into_inner).jobs.push(owner, urgency, job);
         shared.changed.notify_one();

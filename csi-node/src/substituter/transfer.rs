@@ -34,6 +34,8 @@ struct Http {
     /// What says that a later answer is about the same bytes.
     validator: Option<HeaderValue>,
     received: u64,
+    /// How many bytes of an answer are to be left out, since they have been received before.
+    again: u64,
     /// Where it ends, if the server said so. A stream of HTTP/2 that is reset without an error looks like one that ends.
     end: Option<u64>,
     resumed: u32,
@@ -51,9 +53,9 @@ impl Transfer {
         connection: Share,
     ) -> Result<Self, CacheError> {
         let encoding = encoding(&url, response.headers())?;
-        let validator = validator(response.headers());
+        let validator = validator_of(response.headers());
         let end = length(response.headers());
-        let http = Http { cache, url, response, encoding, validator, received: 0, end, resumed: 0 };
+        let http = Http { cache, url, response, encoding, validator, received: 0, again: 0, end, resumed: 0 };
         Ok(Self { source: Source::Http(Box::new(http)), _connection: connection })
     }
 
@@ -89,10 +91,17 @@ impl Http {
                     expected: self.end.unwrap_or_default(),
                 },
                 Ok(chunk) => {
-                    self.received += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                    let Some(mut chunk) = chunk else { return Ok(None) };
+                    let known = usize::try_from(self.again).unwrap_or(usize::MAX).min(chunk.len());
+                    let _ = chunk.split_to(known);
+                    self.again -= known as u64;
+                    if chunk.is_empty() {
+                        continue;
+                    }
+                    self.received += chunk.len() as u64;
                     // It gets on, however often it is cut.
                     self.resumed = 0;
-                    return Ok(chunk);
+                    return Ok(Some(chunk));
                 }
                 Err(source) => CacheError::unreachable(&self.url, source),
             };
@@ -126,14 +135,18 @@ impl Http {
             // What was wrong first is what is wrong: 416 is said behind the last byte.
             Err(_) => return Err(error),
         };
-        // Anything else are other bytes, or all of them again.
-        if rest.status() != StatusCode::PARTIAL_CONTENT
-            || first_byte(rest.headers()) != Some(self.received)
-            || encoding(&self.url, rest.headers())? != self.encoding
-        {
-            return Err(error);
-        }
-        self.end = length(rest.headers()).map(|length| self.received + length);
+        let length = length(rest.headers());
+        let is_same = || validator_of(rest.headers()).as_ref() == Some(validator);
+        (self.again, self.end) = match rest.status() {
+            _ if encoding(&self.url, rest.headers())? != self.encoding => return Err(error),
+            StatusCode::PARTIAL_CONTENT if first_byte(rest.headers()) == Some(self.received) => {
+                (0, length.map(|length| self.received + length))
+            }
+            // All of it once more, from a cache that knows no ranges.
+            StatusCode::OK if is_same() => (self.received, length),
+            // Anything else are other bytes.
+            _ => return Err(error),
+        };
         self.response = rest;
         Ok(None)
     }
@@ -145,7 +158,7 @@ pub(super) fn length(headers: &HeaderMap) -> Option<u64> {
 }
 
 /// A weak validator promises the same meaning, not the same bytes.
-fn validator(headers: &HeaderMap) -> Option<HeaderValue> {
+fn validator_of(headers: &HeaderMap) -> Option<HeaderValue> {
     let strong = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"));
     strong.or_else(|| headers.get(header::LAST_MODIFIED)).cloned()
 }
@@ -190,7 +203,7 @@ mod tests {
             .collect::<Vec<(header::HeaderName, _)>>()
             .into_iter()
             .collect();
-        assert_eq!(validator(&headers).as_ref().map(|value| value.to_str().unwrap()), expected);
+        assert_eq!(validator_of(&headers).as_ref().map(|value| value.to_str().unwrap()), expected);
     }
 
     #[rstest]
