@@ -9,20 +9,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use nix_csi_proto::control::verify_event::Event as Finding;
 use nix_csi_proto::{DRIVER_NAME, References, System};
 use nix_csi_store::StorePath;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::config::Config;
+use crate::control::ask_to_verify;
 use crate::driver::{Driver, DriverOptions, start_substituter};
 use crate::kubernetes::Kubernetes;
 use crate::mount;
 use crate::progress::{self, Event};
 use crate::server::{Sockets, serve};
-use crate::store::{NodeStore, RootLock};
+use crate::store::{NodeStore, OpenError, RootLock, control_socket};
 use crate::substituter::{Closure, Progress, Substituter};
-use crate::verify;
+use crate::verify::{self, Findings, Repairer};
 use crate::view::{self, ViewSpec};
 use crate::volume::Volumes;
 
@@ -62,9 +64,9 @@ enum Command {
     },
     /// Hash every path of the store, and say which ones are not what the database says.
     ///
-    /// Alone it changes no path, and may run beside a driver.
+    /// Alone it changes no path. It may run beside a driver.
     Verify {
-        /// Fetch what is damaged again. Refuses while a driver runs.
+        /// Fetch what is damaged again. If a driver holds the store, it is asked to do so.
         #[arg(long)]
         repair: bool,
     },
@@ -238,36 +240,61 @@ async fn recover(store: &Arc<NodeStore>) -> anyhow::Result<()> {
     Ok(tokio::task::spawn_blocking(move || store.recover()).await??)
 }
 
+/// Verifies the store, by way of the driver if one holds it and something is to be repaired.
 async fn verify(root: &Path, config: &Config, repair: bool) -> anyhow::Result<()> {
     // Opening one makes what is missing, which is not what this is for.
     let schema = root.join("nix/var/nix/db/schema");
     anyhow::ensure!(schema.exists(), "there is no store in {}", root.display());
-    let _lock = if repair { Some(RootLock::acquire(root, "nix-csi-node verify --repair")?) } else { None };
+    let (findings, mut found) = tokio::sync::mpsc::channel(16);
+    let telling = async {
+        let mut last = None;
+        while let Some(finding) = found.recv().await {
+            match &finding {
+                Finding::Verified(verified) => last = Some(*verified),
+                Finding::NotRepaired(failed) => {
+                    tracing::error!(path = failed.path, "cannot repair: {}", failed.error);
+                }
+                Finding::Damaged(_) | Finding::Repaired(_) => {}
+            }
+            progress::tell(&finding.into());
+        }
+        last
+    };
+    let held = if repair { Some(RootLock::acquire(root, "nix-csi-node verify --repair")) } else { None };
+    let verifying = async {
+        let findings = findings;
+        match held {
+            Some(Err(OpenError::Held { by, .. })) => {
+                tracing::info!("asking {by}, which holds {}", root.display());
+                ask_to_verify(&control_socket(root), repair, findings).await
+            }
+            lock => verify_here(root, config, lock.transpose()?, &findings).await,
+        }
+    };
+    let (verified, last) = tokio::join!(verifying, telling);
+    verified?;
+    let last = last.context("the driver ended before it was done")?;
+    let left = last.damaged - last.repaired;
+    anyhow::ensure!(left == 0, "{left} paths are damaged");
+    Ok(())
+}
+
+async fn verify_here(
+    root: &Path,
+    config: &Config,
+    lock: Option<RootLock>,
+    findings: &Findings,
+) -> anyhow::Result<()> {
     raise_file_limit();
     let store = Arc::new(NodeStore::open(root)?);
-    if repair {
+    let repairer = if lock.is_some() {
         recover(&store).await?;
-    }
-    let looking = Arc::clone(&store);
-    let (paths, damaged) = tokio::task::spawn_blocking(move || verify::find_damage(&looking)).await??;
-    let mut repaired = 0;
-    if repair && !damaged.is_empty() {
         let substituter = start_substituter(Arc::clone(&store), config)?;
-        for info in &damaged {
-            match verify::repair(&store, &substituter, info).await {
-                Ok(()) => repaired += 1,
-                Err(error) => tracing::error!(path = %info.path, "cannot repair: {error:#}"),
-            }
-        }
-        tokio::task::spawn_blocking(move || {
-            store.empty_trash()?;
-            Ok::<_, anyhow::Error>(store.sync_anew()?)
-        })
-        .await??;
-    }
-    progress::tell(&Event::Verified { paths, damaged: damaged.len(), repaired });
-    anyhow::ensure!(repaired == damaged.len(), "{} paths are damaged", damaged.len() - repaired);
-    Ok(())
+        Some(Repairer { substituter, building: Arc::default(), kubernetes: Kubernetes::default() })
+    } else {
+        None
+    };
+    verify::verify(&store, repairer.as_ref(), findings).await.map(drop)
 }
 
 async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::Result<()> {

@@ -60,6 +60,8 @@ pub struct Driver {
     pub(crate) ops: Operations,
     /// One view is built at a time: both cores are in it, and a second call for it finds it done.
     pub(crate) building: Arc<tokio::sync::Mutex<()>>,
+    /// Held by whoever verifies the store.
+    pub(crate) verifying: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Driver {
@@ -80,6 +82,7 @@ impl Driver {
             metrics: Metrics::new(),
             ops: Operations::default(),
             building: Arc::default(),
+            verifying: Arc::default(),
         }
     }
 

@@ -97,6 +97,18 @@ impl Kubernetes {
     }
 }
 
+impl Kubernetes {
+    /// Puts an event on a pod: for those that must not be dropped because there are many at once.
+    pub(crate) async fn tell_in_turn(&self, pod: &Pod, event: Event) {
+        let Some(server) = &self.0 else { return };
+        let slot = server.slots.acquire().await;
+        if let Err(error) = answered(server.write(pod, &event)).await {
+            tracing::warn!(error, reason = event.reason, pod.name, pod.namespace, "cannot write an event");
+        }
+        drop(slot);
+    }
+}
+
 impl Server {
     async fn is_there(&self, pod: &Pod) -> Result<bool, kube::Error> {
         let found = Api::<v1::Pod>::namespaced(self.client.clone(), &pod.namespace);

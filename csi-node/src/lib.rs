@@ -5,6 +5,7 @@
 mod args;
 mod authority;
 pub mod config;
+mod control;
 mod driver;
 mod dump;
 mod gc;

@@ -4,6 +4,8 @@ use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix_csi_proto::control::verify_event::Event as Finding;
+use nix_csi_proto::control::{Damaged, NotRepaired, Repaired, Verified};
 use serde::Serialize;
 use tokio::sync::watch;
 
@@ -33,8 +35,25 @@ pub(crate) enum Event<'a> {
     Damaged { path: String, damage: String },
     /// They are again; the views showed the damaged ones, and are built anew for those who come.
     Repaired { path: String, retired_views: Vec<String>, volumes: Vec<String> },
+    /// They are not, and why.
+    NotRepaired { path: String, error: String },
     /// What was looked at, and how it is now.
-    Verified { paths: usize, damaged: usize, repaired: usize },
+    Verified { paths: u64, damaged: u64, repaired: u64 },
+}
+
+impl From<Finding> for Event<'_> {
+    fn from(finding: Finding) -> Self {
+        match finding {
+            Finding::Damaged(Damaged { path, damage }) => Self::Damaged { path, damage },
+            Finding::Repaired(Repaired { path, retired_views, volumes }) => {
+                Self::Repaired { path, retired_views, volumes }
+            }
+            Finding::NotRepaired(NotRepaired { path, error }) => Self::NotRepaired { path, error },
+            Finding::Verified(Verified { paths, damaged, repaired }) => {
+                Self::Verified { paths, damaged, repaired }
+            }
+        }
+    }
 }
 
 /// Writes one line.

@@ -83,6 +83,11 @@ pub enum PublishError {
         /// The target.
         target: PathBuf,
     },
+    /// A file of it was found to be damaged between the look-up and the mount.
+    #[error(
+        "the view was retired while it was about to be mounted, since its files were damaged; a new one is built"
+    )]
+    Retired,
     /// The driver is ending.
     #[error("the driver is stopping")]
     Stopping,
@@ -93,7 +98,9 @@ impl PublishError {
     pub fn code(&self) -> Code {
         match self {
             // Not final after all: then kubelet unpublishes what may be half there.
-            Self::Busy(_) | Self::Fetching(_) | Self::PodGone { .. } | Self::Building => Code::Aborted,
+            Self::Busy(_) | Self::Fetching(_) | Self::PodGone { .. } | Self::Building | Self::Retired => {
+                Code::Aborted
+            }
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
             Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
@@ -395,15 +402,17 @@ impl Driver {
             }
             _ => {}
         }
-        let view = view.to_owned();
         let request = match record.mode {
-            Mode::ReadOnly => MountRequest::ReadOnly { view },
+            Mode::ReadOnly => MountRequest::ReadOnly { view: view.to_owned() },
             Mode::ReadWrite => {
                 let (upper, work) = self.volumes.upper_and_work(&record.volume);
-                MountRequest::ReadWrite { view, upper, work }
+                MountRequest::ReadWrite { view: view.to_owned(), upper, work }
             }
         };
-        Ok(mount::mount(&request, &record.target)?)
+        match mount::mount(&request, &record.target) {
+            Err(_) if !view.is_dir() => Err(PublishError::Retired),
+            mounted => Ok(mounted?),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The sockets: CSI, and kubelet's registration.
+//! The sockets: CSI, kubelet's registration, and the one for commands.
 
 use std::fs;
 use std::future::Future;
@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix_csi_proto::control::control_server::ControlServer;
 use nix_csi_proto::csi::identity_server::IdentityServer;
 use nix_csi_proto::csi::node_server::NodeServer;
 use nix_csi_proto::registration::registration_server::RegistrationServer;
@@ -94,6 +95,12 @@ pub async fn serve(
         }
     };
 
+    let control_at = driver.store.layout().control();
+    let control = Box::pin(
+        Server::builder()
+            .add_service(ControlServer::new(driver.clone()))
+            .serve_with_incoming_shutdown(listen(&control_at)?, until(stopped.clone())),
+    );
     // First the socket that kubelet will call, then the one by which it learns of it.
     let csi = Server::builder()
         .add_service(IdentityServer::new(driver.clone()))
@@ -131,11 +138,13 @@ pub async fn serve(
     let serving = async {
         tokio::try_join!(
             async { csi.await.map_err(|source| ServeError::Serve { path: sockets.csi.clone(), source }) },
+            async { control.await.map_err(|source| ServeError::Serve { path: control_at.clone(), source }) },
             registration,
         )
     };
     tracing::info!(socket = %sockets.csi.display(), "serving");
-    let mut serving = std::pin::pin!(serving);
+    // On the heap: three servers are more than a stack should carry around.
+    let mut serving = Box::pin(serving);
     let ended = tokio::select! {
         ended = &mut serving => ended.map(drop),
         refused = refused => Err(refused),
@@ -149,7 +158,7 @@ pub async fn serve(
             serving.await.map(drop)
         }
     };
-    for path in sockets.registration.iter().chain([&sockets.csi]) {
+    for path in sockets.registration.iter().chain([&sockets.csi, &control_at]) {
         let _ = fs::remove_file(path);
     }
     ended

@@ -1,5 +1,6 @@
 //! Every contract between processes: what people write on their objects, what the webhook writes into a
-//! volume and the node reads, and the two gRPC interfaces between kubelet and the node.
+//! volume and the node reads, the two gRPC interfaces between kubelet and the node, and the one by which commands ask
+//! the driver.
 //!
 //! Parsers stand beside the keys they parse, so that webhook and node cannot disagree. Nothing here does
 //! I/O.
@@ -27,4 +28,11 @@ pub mod csi {
 #[allow(missing_docs, unreachable_pub, clippy::pedantic)]
 pub mod registration {
     tonic::include_proto!("pluginregistration");
+}
+
+/// What commands ask of a running driver, generated.
+#[cfg(feature = "grpc")]
+#[allow(missing_docs, unreachable_pub, clippy::pedantic)]
+pub mod control {
+    tonic::include_proto!("nixcsi.control.v1");
 }

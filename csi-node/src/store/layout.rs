@@ -22,7 +22,7 @@ pub enum OpenError {
     #[error(transparent)]
     Io(#[from] PathError),
     /// A path that mounts cannot use.
-    #[error("{} cannot be the root: it is longer than 100 bytes or contains `:`, `,` or `\\\\`", root.display())]
+    #[error("{} cannot be the root: it is longer than 90 bytes or contains `:`, `,` or `\\\\`", root.display())]
     Root {
         /// The root.
         root: PathBuf,
@@ -78,7 +78,7 @@ impl Layout {
         // Nix refuses a store below a symlink.
         let root = root.canonicalize().map_err(PathError::on("resolve", root))?;
         // What overlayfs would read as a separator, and what does not fit into one of its options.
-        if root.as_os_str().len() > 100
+        if root.as_os_str().len() > 90
             || root.as_os_str().as_encoded_bytes().iter().any(|b| b":,\\".contains(b))
         {
             return Err(OpenError::Root { root });
@@ -166,6 +166,11 @@ impl Layout {
         self.root.join("used.json")
     }
 
+    /// Where commands reach the driver that holds the store.
+    pub fn control(&self) -> PathBuf {
+        control_socket(&self.root)
+    }
+
     pub(super) fn provenance(&self) -> PathBuf {
         self.root.join("provenance.sqlite")
     }
@@ -198,6 +203,11 @@ impl Layout {
     pub(super) fn trash(&self) -> PathBuf {
         self.root.join("trash")
     }
+}
+
+/// Where commands reach the driver that holds the store under `root`.
+pub fn control_socket(root: &Path) -> PathBuf {
+    root.join("control.sock")
 }
 
 /// Makes `dir` and its parents, readable to all; `dir` itself gets `mode`. One that is there keeps its own.

@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/format                     integer, see [`layout`]
 //! <root>/lock                       held by the one process that writes
+//! <root>/control.sock               where commands reach that process
 //! <root>/durable                    what a power cut cannot take any more, see [`durable`]
 //! <root>/provenance.sqlite          where paths came from, see [`provenance`]
 //! <root>/nix/store/<hash>-<name>    sealed: 0444 or 0555, mtime 1
@@ -38,7 +39,7 @@ use rustix::fs::CWD;
 pub use collect::Collected;
 pub use db::{DatabaseError, PathInfo};
 pub use graph::Graph;
-pub use layout::{Layout, OpenError, RootLock};
+pub use layout::{Layout, OpenError, RootLock, control_socket};
 pub use provenance::{Origin, ProvenanceError};
 pub use roots::TempRoots;
 pub use staging::{NoSpace, Place, Staged, Staging};
