@@ -9,4 +9,4 @@ export NIX_CSI_FIXTURES CSI_SANITY
 cd "$e2e/.."
 cargo build --locked -p nix-csi-node
 exec unshare --mount --propagation private \
-    cargo test --locked -p nix-csi-e2e --lib --test store --test caches --test tls --test tenancy --test churn --test gc --test nix_inside --test hostile --test recovery --test repair --test differential --test driver "$@"
+    cargo test --locked -p nix-csi-e2e --lib --test store --test caches --test tls --test tenancy --test churn --test kills --test gc --test nix_inside --test hostile --test recovery --test repair --test differential --test driver "$@"

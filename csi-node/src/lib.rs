@@ -8,6 +8,10 @@ pub mod config;
 mod control;
 mod driver;
 mod dump;
+#[cfg(debug_assertions)]
+pub mod fault;
+#[cfg(not(debug_assertions))]
+mod fault;
 mod gc;
 mod http;
 mod identity;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tonic::Code;
 
 use crate::driver::Driver;
+use crate::fault;
 use crate::kubernetes::Event;
 use crate::mount::{self, MountError, MountRequest};
 use crate::ops::Busy;
@@ -226,6 +227,7 @@ impl Driver {
         let this = self.clone();
         blocking(move || {
             let mounted = this.mount(&view, &record);
+            fault::point("publish.mounted");
             // The record says it from here on.
             drop((using, operation));
             mounted
@@ -275,7 +277,9 @@ impl Driver {
             for target in target.into_iter().chain([&request.target]) {
                 mount::unmount_and_remove(target)?;
             }
+            fault::point("unpublish.unmounted");
             this.volumes.remove(&this.store, &request.volume)?;
+            fault::point("unpublish.forgotten");
             if let Some(record) = recorded {
                 this.usage.touch(&record.view);
             }
@@ -335,6 +339,7 @@ impl Driver {
                 }
             }
         };
+        fault::point("publish.fetched");
         let substituter = self.fetches.substituter(credentials);
         let authorized = authorize(&self.store, &substituter, namespace, &spec.packages, &closure);
         match tokio::time::timeout_at(deadline, authorized).await {
@@ -382,8 +387,10 @@ impl Driver {
     /// Writes the record, then mounts. A mount that fails takes its record with it, unless the volume was
     /// there before: after a reboot it holds what the pod wrote.
     fn mount(&self, view: &Path, record: &Record) -> Result<(), PublishError> {
+        fault::point("publish.found");
         let is_new = !self.volumes.exists(&record.volume);
         let written = self.volumes.write(record).map_err(PublishError::from);
+        fault::point("publish.recorded");
         let mounted = written.and_then(|()| self.mount_at(view, record));
         if mounted.is_err() {
             let _ = mount::unmount_and_remove(&record.target);
@@ -402,6 +409,7 @@ impl Driver {
             }
             _ => {}
         }
+        fault::point("publish.target-made");
         let request = match record.mode {
             Mode::ReadOnly => MountRequest::ReadOnly { view: view.to_owned() },
             Mode::ReadWrite => {

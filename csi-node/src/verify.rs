@@ -17,6 +17,7 @@ use nix_csi_proto::control::{Damaged, NotRepaired, Repaired, Verified};
 use nix_csi_store::StorePath;
 use tokio::sync::mpsc;
 
+use crate::fault;
 use crate::kubernetes::{Event, Kubernetes};
 use crate::store::{NodeStore, PathInfo};
 use crate::substituter::Substituter;
@@ -133,7 +134,9 @@ impl Repairer {
             anyhow::ensure!(is_valid, "it was collected meanwhile");
             // In this order: if it ends in between, the damage is found again, and the views are not in use.
             let retired = view::retire(&store, &path).context("cannot retire a view")?;
+            fault::point("repair.retired");
             store.replace(&staged)?;
+            fault::point("repair.exchanged");
             let records = Volumes::at(store.layout().root()).list()?.into_iter().flatten();
             let pods = records
                 .filter(|record| retired.contains(&record.view))

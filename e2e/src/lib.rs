@@ -10,6 +10,7 @@ mod fixtures;
 mod http;
 pub mod nar_cache;
 pub mod nix;
+pub mod process;
 mod refusal;
 pub mod small_fs;
 mod tls_server;

@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 
 pub use space::Limits;
 
+use crate::fault;
 use crate::mount;
 use crate::path_error::PathError;
 use crate::store::{NodeStore, RegisterError};
@@ -266,6 +267,7 @@ impl Collector {
             let at = self.store.layout().views().join(view);
             let remove = || {
                 self.store.discard_if_there(&at)?;
+                fault::point("collect.view-gone");
                 self.store.remove_roots(view)
             };
             let removed = self.usage.remove_unless_used(view, *used, remove);

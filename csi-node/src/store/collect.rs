@@ -9,6 +9,7 @@ use nix_csi_store::StorePath;
 use rustix::fs::FlockOperation;
 
 use super::{Graph, NodeStore, RegisterError, locks, roots};
+use crate::fault;
 use crate::path_error::PathError;
 
 /// What a collection of paths has done.
@@ -63,6 +64,7 @@ impl NodeStore {
         let live: HashSet<_> = self.db.closure(&in_use)?.into_iter().collect();
         let doomed: Vec<_> = paths.iter().filter(|path| !live.contains(*path)).cloned().collect();
         let deleted = self.db.delete(&doomed)?;
+        fault::point("collect.rows-gone");
         // Later, so that none of them is valid and looks like everybody's.
         self.provenance.forget(&deleted)?;
         self.forget_strangers(&in_use)?;
@@ -70,6 +72,7 @@ impl NodeStore {
             let at = self.layout.physical(path);
             self.discard_if_there(&at).map_err(PathError::on("clear away", &at))?;
         }
+        fault::point("collect.files-gone");
         let strays = self.discard_strays(&in_use)?;
         Ok(Some(Collected { paths: deleted.len(), strays }))
     }

@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::boot_id;
+use crate::fault;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Mark {
@@ -75,8 +76,10 @@ impl Durable {
             self.write(&Mark { boot: boot_id()?, row: state.row, is_broken: true })?;
             return Err(error.into());
         }
+        fault::point("sync.synced");
         let row = row.max(state.row);
         self.write(&Mark { boot: boot_id()?, row, is_broken: false })?;
+        fault::point("sync.marked");
         (state.row, state.is_current) = (row, true);
         Ok(())
     }

@@ -44,6 +44,7 @@ pub use provenance::{Origin, ProvenanceError};
 pub use roots::TempRoots;
 pub use staging::{NoSpace, Place, Staged, Staging};
 
+use crate::fault;
 use crate::path_error::PathError;
 use db::Database;
 use durable::{Durable, Known};
@@ -144,6 +145,7 @@ impl NodeStore {
         let paths: Vec<_> = staged.iter().map(|staged| staged.info.path.clone()).collect();
         let locks = locks::PathLocks::acquire(&self.layout, &paths)
             .map_err(PathError::on("lock paths in", &self.layout.store_dir()))?;
+        fault::point("register.locked");
         let valid = self.db.hashes(&paths)?;
         let (there, fresh): (Vec<_>, Vec<_>) =
             staged.iter().partition(|staged| valid.contains_key(&staged.info.path));
@@ -154,6 +156,7 @@ impl NodeStore {
         // Before they are valid: nobody may see them meanwhile.
         let origins: Vec<_> = fresh.iter().map(|staged| (&staged.info.path, &staged.origin)).collect();
         self.provenance.record(&origins)?;
+        fault::point("register.noted");
         // Two threads are as many as one directory has use for.
         let (ours, others) = fresh.split_at(fresh.len() / 2);
         let move_all = |part: &[&Arc<Staged>]| part.iter().try_for_each(|staged| self.move_in(staged));
@@ -168,7 +171,9 @@ impl NodeStore {
                 moved.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             })?;
         }
+        fault::point("register.moved");
         self.db.register(&fresh.iter().map(|staged| &staged.info).collect::<Vec<_>>())?;
+        fault::point("register.committed");
         self.unlocking.lock().unwrap_or_else(PoisonError::into_inner).extend(locks.release_later());
         Ok(different)
     }

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::fault;
+
 /// The trash of one store. A clone is the same.
 #[derive(Clone)]
 pub(super) struct Trash(Arc<Inner>);
@@ -61,6 +63,7 @@ impl Trash {
             } else {
                 fs::remove_file(&path)
             };
+            fault::point("trash.begun");
             match removed {
                 // Another process may be emptying it too.
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -19,6 +19,7 @@ use super::transfer::Transfer;
 use super::turns::Turns;
 use super::unpack::{Chunks, Unpack, Unpacked, largest_body};
 use super::window;
+use crate::fault;
 use crate::store::{PathInfo, Place, Staged};
 
 /// Up to this size a NAR is restored after it has arrived whole, beyond it while it arrives.
@@ -149,6 +150,7 @@ impl Engine {
             let place = self.place(info)?;
             match self.attempt(source, turns, way, &place, shown).await? {
                 Attempt::Done(Unpacked { is_dir }) => {
+                    fault::point("fetch.restored");
                     let info = PathInfo::from((**info).clone());
                     return Ok(place.verified(info, source.origin(), is_dir));
                 }

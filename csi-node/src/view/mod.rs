@@ -26,6 +26,7 @@ use nix_csi_store::StorePath;
 pub use entry::EntryError;
 pub use spec::{ViewId, ViewSpec};
 
+use crate::fault;
 use crate::path_error::PathError;
 use crate::store::{DatabaseError, NodeStore};
 
@@ -73,6 +74,7 @@ pub fn build(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath]) -> Resul
         // Another process may have been faster: then ours is cleared away below.
         _ => Ok(()),
     });
+    fault::point("view.placed");
     if beside.exists() {
         let _ = store.discard(&beside);
     }
@@ -100,11 +102,13 @@ pub fn retire(store: &NodeStore, path: &StorePath) -> std::io::Result<Vec<String
 
 fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path) -> Result<(), ViewError> {
     store.add_roots(spec.id().as_str(), &spec.packages).map_err(PathError::on("write the roots of", at))?;
+    fault::point("view.rooted");
     for dir in [at.to_owned(), at.join("store"), at.join("var"), at.join("var/entry")] {
         fs::create_dir(&dir).map_err(PathError::on("create", &dir))?;
     }
     symlink(".", at.join("nix")).map_err(PathError::on("link", &at.join("nix")))?;
     link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
+    fault::point("view.linked");
     let inside = inside::Inside::new(store.layout(), closure)?;
     profile::build(&inside, &spec.packages, &at.join("var/result"))?;
     if database::is_wanted(store, spec.database, closure) {
@@ -115,5 +119,6 @@ fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path
         let link = at.join("var/entry").join(container);
         symlink(program, &link).map_err(PathError::on("link", &link))?;
     }
+    fault::point("view.filled");
     Ok(())
 }
