@@ -60,6 +60,12 @@ impl Kubernetes {
         Ok(Self::with(kube::Client::try_from(config)?, node))
     }
 
+    /// The server at an address, to which nobody has to say who they are.
+    pub fn at(address: &str, node: &str) -> anyhow::Result<Self> {
+        let client = kube::Client::try_from(kube::Config::new(address.parse()?))?;
+        Ok(Self::with(client, node))
+    }
+
     /// That server.
     pub fn with(client: kube::Client, node: &str) -> Self {
         let slots = Arc::new(Semaphore::new(EVENTS));

@@ -21,6 +21,7 @@ pub mod mount;
 mod node;
 mod ops;
 mod path_error;
+mod prepare;
 mod progress;
 pub mod publish;
 mod reconcile;
@@ -35,6 +36,7 @@ mod usage;
 mod verify;
 pub mod view;
 pub mod volume;
+mod wanted;
 
 pub use args::{Args, run};
 pub use driver::{Driver, DriverOptions, start_substituter};

@@ -43,6 +43,7 @@ struct Inner {
     fetched_paths: Counter,
     fetched_bytes: Counter,
     ran_alone: Gauge<u64, AtomicU64>,
+    left_out: Counter,
     fetches: Gauge,
     volumes: Gauge,
     free_bytes: Gauge<u64, AtomicU64>,
@@ -74,6 +75,7 @@ impl Metrics {
             fetched_paths: Counter::default(),
             fetched_bytes: Counter::default(),
             ran_alone: Gauge::default(),
+            left_out: Counter::default(),
             fetches: Gauge::default(),
             volumes: Gauge::default(),
             free_bytes: Gauge::default(),
@@ -98,6 +100,8 @@ impl Metrics {
         let help =
             "Paths that needed more memory than all together should take, and ran alone, since the start";
         registry.register("paths_alone", help, inner.ran_alone.clone());
+        let help = "Optional paths that volumes do without";
+        registry.register("optional_paths_left_out", help, inner.left_out.clone());
         registry.register("fetches", "Fetches under way", inner.fetches.clone());
         registry.register("volumes", "Volumes that are recorded", inner.volumes.clone());
         let (help, of) = ("Bytes free where the store is", inner.free_bytes.clone());
@@ -124,6 +128,11 @@ impl Metrics {
     pub(crate) fn published(&self, is_warm: bool, took: Duration) {
         let view = if is_warm { "warm" } else { "cold" };
         self.0.published.get_or_create(&Found { view }).observe(took.as_secs_f64());
+    }
+
+    /// A volume does without so many optional paths.
+    pub(crate) fn left_out(&self, paths: usize) {
+        self.0.left_out.inc_by(paths as u64);
     }
 
     /// A collection has ended.
@@ -164,6 +173,7 @@ mod tests {
         let metrics = Metrics::new();
         metrics.ended("publish", Code::NotFound);
         metrics.published(true, Duration::from_millis(1));
+        metrics.left_out(2);
         metrics.collected(&Collection { views: 1, paths: 2, bytes: 3, is_enough: false });
         let state =
             State { fetched: (3, 4096), ran_alone: 1, fetches: 2, volumes: 3, free_bytes: 4, free_inodes: 5 };
@@ -174,6 +184,7 @@ mod tests {
             "nix_csi_fetched_paths_total 3",
             "nix_csi_fetched_bytes_total 4096",
             "nix_csi_paths_alone 1",
+            "nix_csi_optional_paths_left_out_total 2",
             "nix_csi_fetches 2",
             "nix_csi_volumes 3",
             "nix_csi_filesystem_free_bytes 4",

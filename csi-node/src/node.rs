@@ -13,7 +13,7 @@ use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
 use crate::driver::Driver;
-use crate::publish::PublishError;
+use crate::publish::{PublishError, chain};
 use crate::request::{PublishRequest, UnpublishRequest};
 
 #[tonic::async_trait]
@@ -116,17 +116,7 @@ fn timeout(value: &str) -> Option<Duration> {
 
 /// The whole chain of causes: it becomes the text of the pod's event. Logged here and nowhere else.
 fn status(error: &PublishError) -> Status {
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let text = error.to_string();
-        // Transparent errors and libraries repeat what is inside them.
-        if !message.ends_with(&text) {
-            message.push_str(": ");
-            message.push_str(&text);
-        }
-        cause = error.source();
-    }
+    let message = chain(error);
     let code = error.code();
     if matches!(code, Code::Aborted) {
         tracing::info!(?code, message, "not yet");

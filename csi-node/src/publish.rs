@@ -6,9 +6,9 @@
 //! Both may be called again at any time, also after they were killed half way.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
+use nix_csi_proto::volume::VolumeAttributes;
 use tonic::Code;
 
 use crate::driver::Driver;
@@ -17,12 +17,13 @@ use crate::kubernetes::Event;
 use crate::mount::{self, MountError, MountRequest};
 use crate::ops::Busy;
 use crate::path_error::PathError;
+use crate::prepare::Prepared;
 use crate::request::{PublishRequest, RequestError, UnpublishRequest};
 use crate::store::{DatabaseError, ProvenanceError, RegisterError};
-use crate::substituter::{CacheError, Closure, Credentials, FetchError, Progress, Waited};
-use crate::tenancy::authorize;
-use crate::view::{self, ViewError, ViewSpec};
+use crate::substituter::{CacheError, FetchError, Progress};
+use crate::view::{ViewError, ViewSpec};
 use crate::volume::{Mode, Pod, Record, VolumeError};
+use crate::wanted::Wanted;
 
 /// Why a volume is not published.
 #[derive(Debug, thiserror::Error)]
@@ -181,41 +182,35 @@ fn io_code(error: &std::io::Error) -> Code {
     if matches!(error.kind(), StorageFull | QuotaExceeded) { Code::ResourceExhausted } else { Code::Internal }
 }
 
-/// When a pod that waits for its closure is told so first, and how often then.
-const FIRST_TOLD: Duration = Duration::from_secs(5);
-const TOLD: Duration = Duration::from_secs(30);
-
 impl Driver {
     /// Makes the volume visible at its target. On error nothing is mounted there by this call.
     pub async fn publish(&self, request: PublishRequest, patience: Duration) -> Result<(), PublishError> {
         let start = tokio::time::Instant::now();
         let operation = self.ops.begin(&request.volume)?;
-        let spec = ViewSpec {
-            packages: request.attributes.paths.clone(),
-            entrypoints: request.attributes.entrypoints.clone(),
-            database: request.attributes.database,
+        let PublishRequest { volume, target, mode, attributes, pod, credentials } = request;
+        let VolumeAttributes { paths: packages, optional, entrypoints, database } = attributes;
+        let mut wanted = Wanted { spec: ViewSpec { packages, entrypoints, database }, optional };
+        let (view, optional) = (wanted.complete().id().to_string(), wanted.record());
+        let mut record = Record { volume, target, view, mode, pod, optional };
+        let found = match self.find(&record)? {
+            Found::Published => return Ok(()),
+            Found::Recorded(found) => Some(found),
+            Found::Nothing => None,
         };
-        let id = spec.id();
-        let record = Record {
-            volume: request.volume,
-            target: request.target,
-            view: id.to_string(),
-            mode: request.mode,
-            pod: request.pod,
-        };
-        if self.is_published(&record)? {
-            return Ok(());
+        // What the pod wrote lies over the view that it had.
+        if let Some(optional) =
+            found.filter(|found| found.mode == Mode::ReadWrite).and_then(|found| found.optional)
+        {
+            wanted = wanted.kept_as(&optional);
+            record.optional = Some(optional);
         }
-        let using = self.usage.begin(id.as_str());
-        // Two look-ups, whatever the view has in it.
-        let known = self.tenants.may_see(&record.pod.namespace, &id);
-        let found = view::find(&self.store, &id).filter(|_| known);
-        let is_warm = found.is_some();
-        let view = if let Some(view) = found {
-            view
+        let warm = self.warm(&wanted, &record.pod);
+        let is_warm = warm.is_some();
+        let prepared = if let Some(warm) = warm {
+            warm
         } else {
             tokio::select! {
-                made = self.make_view(spec, &record, request.credentials.as_ref(), patience) => made?,
+                prepared = self.prepare(wanted, &record, credentials.as_ref(), patience) => prepared?,
                 () = self.options.kubernetes.gone(&record.pod) => {
                     self.fetches.release(record.volume.as_str());
                     let Pod { namespace, name, .. } = record.pod;
@@ -223,6 +218,11 @@ impl Driver {
                 }
             }
         };
+        let Prepared { view, id, left_out, using } = prepared;
+        record.view = id.to_string();
+        if let Some(optional) = record.optional.as_mut().filter(|_| !left_out.is_empty()) {
+            optional.left_out = left_out;
+        }
         // From here to its end even if the caller goes away: a mount is never left half done.
         let this = self.clone();
         blocking(move || {
@@ -291,8 +291,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Whether this very volume is at its target. Another one there is an error.
-    fn is_published(&self, wanted: &Record) -> Result<bool, PublishError> {
+    /// What there is of this very volume. Another one at its target is an error.
+    fn find(&self, wanted: &Record) -> Result<Found, PublishError> {
         let mounted = mount::is_mount_point(&wanted.target)?;
         let found = match self.volumes.read(&wanted.volume) {
             // Torn by a power cut: then nothing is mounted either, and it is written anew.
@@ -301,87 +301,20 @@ impl Driver {
         };
         let Some(found) = found else {
             let target = wanted.target.clone();
-            return if mounted { Err(PublishError::Occupied { target }) } else { Ok(false) };
+            return if mounted { Err(PublishError::Occupied { target }) } else { Ok(Found::Nothing) };
         };
         if found.target != wanted.target && mount::is_mount_point(&found.target)? {
             return Err(PublishError::Elsewhere { volume: found.volume.to_string(), target: found.target });
         }
-        if mounted && found != *wanted {
-            return Err(PublishError::Different { volume: found.volume.to_string(), target: found.target });
-        }
-        // A record without a mount: the node was restarted, or a call was killed before it mounted.
-        Ok(mounted)
-    }
-
-    /// Fetches what is missing, asks whether the pod may see it, and builds the view unless it is there: as far as one
-    /// call's time goes.
-    async fn make_view(
-        &self,
-        spec: ViewSpec,
-        Record { volume, pod, .. }: &Record,
-        credentials: Option<&Credentials>,
-        patience: Duration,
-    ) -> Result<PathBuf, PublishError> {
-        let (id, namespace) = (spec.id(), &pod.namespace);
-        let start = tokio::time::Instant::now();
-        let deadline = start + patience;
-        let mut told = start + FIRST_TOLD;
-        let closure = loop {
-            let patience = tokio::time::sleep_until(deadline.min(told));
-            match self.fetches.wait(volume.as_str(), credentials, &spec.packages, patience).await? {
-                Waited::Done(closure) => break closure,
-                Waited::Running(progress) if tokio::time::Instant::now() >= deadline => {
-                    return Err(PublishError::Fetching(progress));
-                }
-                Waited::Running(progress) => {
-                    self.options.kubernetes.tell(pod, fetching(&progress));
-                    told += TOLD;
-                }
+        match (mounted, found.is_for(wanted)) {
+            (true, true) => Ok(Found::Published),
+            (true, false) => {
+                Err(PublishError::Different { volume: found.volume.to_string(), target: found.target })
             }
-        };
-        fault::point("publish.fetched");
-        let substituter = self.fetches.substituter(credentials);
-        let authorized = authorize(&self.store, &substituter, namespace, &spec.packages, &closure);
-        match tokio::time::timeout_at(deadline, authorized).await {
-            Ok(authorized) => authorized?,
-            // In the same words as if it were not here.
-            Err(_) => return Err(PublishError::Fetching(Progress::default())),
+            (false, true) => Ok(Found::Recorded(Box::new(found))),
+            // Nothing shows it, so it is written anew.
+            (false, false) => Ok(Found::Nothing),
         }
-        let ready = ready(&closure);
-        // Goes on when the call ends: the next one finds the view.
-        let this = self.clone();
-        let building = tokio::spawn(async move { this.build_view(spec, closure).await });
-        match tokio::time::timeout_at(deadline, building).await {
-            Ok(built) => {
-                let view = built.map_err(|_| PublishError::Stopping)??;
-                self.tenants.allow(namespace, &id);
-                self.options.kubernetes.tell(pod, ready(start.elapsed()));
-                Ok(view)
-            }
-            Err(_) => Err(PublishError::Building),
-        }
-    }
-
-    async fn build_view(&self, spec: ViewSpec, closure: Arc<Closure>) -> Result<PathBuf, PublishError> {
-        let id = spec.id();
-        let using = self.usage.begin(id.as_str());
-        let building = self.building.clone().lock_owned().await;
-        if view::find(&self.store, &id).is_none() {
-            self.tenants.forget(id.as_str());
-        }
-        let store = Arc::clone(&self.store);
-        let built = blocking(move || {
-            let view = view::build(&store, &spec, &closure.paths);
-            // Only now may a collector look at the closure: the view has roots of its own.
-            store.release(closure);
-            drop((building, using));
-            view
-        })
-        .await?;
-        if built.is_err() {
-            self.store.empty_trash_later();
-        }
-        Ok(built?)
     }
 
     /// Writes the record, then mounts. A mount that fails takes its record with it, unless the volume was
@@ -424,28 +357,35 @@ impl Driver {
     }
 }
 
-/// What a pod is told that has to wait.
-fn fetching(progress: &Progress) -> Event {
-    let from = progress.cache.as_ref().map(|cache| format!(" from {cache}")).unwrap_or_default();
-    Event { reason: "NixFetching", is_warning: false, message: format!("fetching {progress}{from}") }
+/// What there is of a volume.
+enum Found {
+    /// It is at its target.
+    Published,
+    /// A record without a mount: the node was restarted, or a call was killed before it mounted.
+    Recorded(Box<Record>),
+    /// Nothing of it.
+    Nothing,
 }
 
-/// What a pod is told when its closure is there and its view is built.
-fn ready(closure: &Closure) -> impl FnOnce(Duration) -> Event + use<> {
-    const MIB: u64 = 1 << 20;
-    let (paths, fetched, bytes) = (closure.paths.len(), closure.fetched.len(), closure.bytes);
-    move |elapsed| Event {
-        reason: "NixReady",
-        is_warning: false,
-        message: format!(
-            "{paths} store paths are ready after {:.1} s; {fetched} of them were fetched ({} MiB), {} were on the node",
-            elapsed.as_secs_f64(),
-            bytes.div_ceil(MIB),
-            paths - fetched.min(paths),
-        ),
+/// An error with all its causes: what becomes the text of the pod's event.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        // Transparent errors and libraries repeat what is inside them.
+        if !message.ends_with(&text) {
+            message.push_str(": ");
+            message.push_str(&text);
+        }
+        cause = error.source();
     }
+    message
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PublishError> {
+/// Runs what blocks beside the threads of calls.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, PublishError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| PublishError::Stopping)
 }

@@ -107,6 +107,33 @@ pub struct Record {
     pub mode: Mode,
     /// Whose it is.
     pub pod: Pod,
+    /// What it can do without, if there is anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub optional: Option<Optional>,
+}
+
+/// What a volume can do without: so the view alone does not say what was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Optional {
+    /// The view with all of them in it.
+    pub complete: String,
+    /// Which ones, by their base names.
+    pub paths: Vec<String>,
+    /// Those that the view of the record does not have.
+    pub left_out: Vec<String>,
+}
+
+impl Record {
+    /// Whether this was written for the same request as `wanted`. What of the optional paths was there may differ.
+    pub(crate) fn is_for(&self, wanted: &Self) -> bool {
+        let mut same = self.clone();
+        if let (Some(optional), Some(other)) = (&mut same.optional, &wanted.optional) {
+            optional.left_out.clone_from(&other.left_out);
+            same.view.clone_from(&wanted.view);
+        }
+        same == *wanted
+    }
 }
 
 /// Why a record is not what it should be.
@@ -226,6 +253,39 @@ fn make_dir(dir: &Path, mode: u32) -> Result<(), VolumeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn record(view: &str, optional: Option<(&str, &[&str])>) -> Record {
+        let optional = optional.map(|(complete, left_out)| Optional {
+            complete: complete.into(),
+            paths: vec!["b".into(), "c".into()],
+            left_out: left_out.iter().map(ToString::to_string).collect(),
+        });
+        Record {
+            volume: "csi-1".parse().unwrap(),
+            target: "/pods/1/mount".into(),
+            view: view.into(),
+            mode: Mode::ReadOnly,
+            pod: Pod { namespace: "shop".into(), name: "web".into(), uid: "1".into() },
+            optional,
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_does_not_make_another_request() {
+        let found = record("small", Some(("all", &["b"])));
+        assert!(found.is_for(&record("all", Some(("all", &[])))));
+        assert!(!found.is_for(&record("other", Some(("other", &[])))));
+        assert!(!found.is_for(&record("small", None)));
+        assert!(record("all", None).is_for(&record("all", None)));
+        assert!(!record("all", None).is_for(&record("other", None)));
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_version_is_read() {
+        let text = r#"{"volume":"csi-1","target":"/pods/1/mount","view":"v","mode":"read-only","pod":{"namespace":"shop","name":"web","uid":"1"}}"#;
+        assert_eq!(serde_json::from_str::<Record>(text).unwrap(), record("v", None));
+        assert_eq!(serde_json::to_string(&record("v", None)).unwrap(), text);
+    }
 
     #[test]
     fn an_id_is_one_component() {

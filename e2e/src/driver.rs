@@ -22,7 +22,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use crate::{Fixtures, tree};
+use crate::{ApiServer, Fixtures, tree};
+
+/// What the node is called.
+pub const NODE: &str = "node-under-test";
 
 /// A client's connection to a socket.
 pub async fn channel(socket: &Path) -> Result<Channel> {
@@ -71,6 +74,7 @@ pub fn config(caches: &[String]) -> Result<Config> {
 /// A node: a root, and kubelet's directory of pods. The driver can be started on it again.
 pub struct TestNode {
     dir: TempDir,
+    kubernetes: Kubernetes,
     running: Option<Running>,
 }
 
@@ -110,6 +114,21 @@ impl Volume {
         }
     }
 
+    /// With an attribute, in place of one of that name.
+    #[must_use]
+    pub fn attribute(mut self, key: &str, value: impl Into<String>) -> Self {
+        self.attributes.retain(|(name, _)| name != key);
+        self.attributes.push((key.into(), value.into()));
+        self
+    }
+
+    /// One that the pod can write.
+    #[must_use]
+    pub fn read_write(mut self) -> Self {
+        self.readonly = false;
+        self
+    }
+
     /// With a key of its secret.
     #[must_use]
     pub fn secret(mut self, key: &str, value: &str) -> Self {
@@ -127,7 +146,13 @@ impl TestNode {
     /// The same, in an empty directory.
     pub fn in_dir(dir: TempDir) -> Result<Self> {
         fs::create_dir(dir.path().join("pods"))?;
-        Ok(Self { dir, running: None })
+        Ok(Self { dir, kubernetes: Kubernetes::default(), running: None })
+    }
+
+    /// From its next start on the driver talks to that server.
+    pub fn set_kubernetes(&mut self, server: &ApiServer) -> Result<()> {
+        self.kubernetes = Kubernetes::at(&server.url(), NODE)?;
+        Ok(())
     }
 
     /// One with a driver.
@@ -144,11 +169,11 @@ impl TestNode {
         let store = Arc::new(NodeStore::open(&self.root())?);
         let substituter = start_substituter(Arc::clone(&store), config)?;
         let options = DriverOptions {
-            node_name: "node-under-test".into(),
+            node_name: NODE.into(),
             system: System::X86_64Linux,
             pods_dir: self.dir.path().join("pods"),
             patience: Duration::from_mins(1),
-            kubernetes: Kubernetes::default(),
+            kubernetes: self.kubernetes.clone(),
             limits: config.limits,
         };
         let driver = Driver::new(store, substituter, options);
@@ -192,6 +217,19 @@ impl TestNode {
             driver.finish()?;
         }
         Ok(())
+    }
+
+    /// A line of the driver's metrics, behind its name and labels.
+    pub fn metric(&self, name: &str) -> Result<String> {
+        let text = self.running.as_ref().context("no driver runs")?.driver.metrics_text();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.with_context(|| format!("{name} is not in {text}"))?.trim().to_owned())
+    }
+
+    /// What is written down about the volume of a pod.
+    pub fn record(&self, pod: &str) -> Result<Record> {
+        let at = self.root().join("volumes").join(format!("csi-{pod}")).join("record.json");
+        Ok(serde_json::from_slice(&fs::read(&at).with_context(|| at.display().to_string())?)?)
     }
 
     /// The node store.

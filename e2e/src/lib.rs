@@ -2,6 +2,7 @@
 //!
 //! Nothing is skipped here. What is missing is an error that says how it is made.
 
+mod api_server;
 mod cache_server;
 pub mod cluster;
 pub mod driver;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 
+pub use api_server::{ApiServer, Told};
 pub use cache_server::{CacheServer, Rule, Seen};
 pub use fault::{Fault, FaultProxy};
 pub use fixtures::{Fixture, Fixtures};

@@ -9,6 +9,8 @@ use crate::system::System;
 
 /// Store paths for nodes of any system.
 pub const PATHS: &str = "paths";
+/// Store paths that the volume can do without.
+pub const OPTIONAL_PATHS: &str = "optionalPaths";
 /// What the first part of `entrypoint.<container>` is.
 pub const ENTRYPOINT: &str = "entrypoint";
 /// The value of an entry point that the node is to find by itself.
@@ -106,6 +108,8 @@ pub enum Database {
 pub struct VolumeAttributes {
     /// The packages, in their order: earlier ones win where two have the same file.
     pub paths: Vec<StorePath>,
+    /// More of them, behind the others, as far as they can be had. None of `paths`.
+    pub optional: Vec<StorePath>,
     /// Entry points by container.
     pub entrypoints: BTreeMap<String, Entrypoint>,
     /// Whether there is a Nix database.
@@ -119,6 +123,7 @@ impl VolumeAttributes {
         system: System,
     ) -> Result<Self, ParseAttributesError> {
         let mut lists = BTreeMap::new();
+        let mut optional = None;
         let mut entrypoints = BTreeMap::new();
         let mut database = Database::default();
         for (key, value) in attributes {
@@ -127,6 +132,8 @@ impl VolumeAttributes {
             }
             if key == PATHS || key.parse::<System>().is_ok() {
                 lists.insert(key, value);
+            } else if key == OPTIONAL_PATHS {
+                optional = Some(value);
             } else if let Some((ENTRYPOINT, container)) = key.split_once('.') {
                 entrypoints.insert(container.to_owned(), parse_entrypoint(key, container, value)?);
             } else if key == DATABASE {
@@ -161,7 +168,12 @@ impl VolumeAttributes {
         if paths.is_empty() {
             return Err(ParseAttributesError::NoPaths);
         }
-        Ok(Self { paths, entrypoints, database })
+        let mut optional = match optional {
+            Some(value) => parse_paths(OPTIONAL_PATHS, value, system)?,
+            None => Vec::new(),
+        };
+        optional.retain(|path| !paths.contains(path));
+        Ok(Self { paths, optional, entrypoints, database })
     }
 }
 
@@ -223,6 +235,18 @@ mod tests {
         assert_eq!(found, paths);
     }
 
+    #[rstest]
+    #[case::behind_the_others(B, &[B])]
+    #[case::needed_in_any_case(A, &[])]
+    #[case::for_another_system("aarch64-linux=/nix/store/7gx4kiv5m0i7d7qkixq2cwzbr10lvxwc-b", &[])]
+    #[case::json("[\"/nix/store/7gx4kiv5m0i7d7qkixq2cwzbr10lvxwc-b\"]", &[B])]
+    #[case::none("", &[])]
+    fn some_can_be_done_without(#[case] value: &str, #[case] paths: &[&str]) {
+        let attributes = parse(&[("paths", A), (OPTIONAL_PATHS, value)]).unwrap();
+        let found: Vec<_> = attributes.optional.iter().map(ToString::to_string).collect();
+        assert_eq!(found, paths);
+    }
+
     #[test]
     fn entrypoints() {
         let found =
@@ -242,6 +266,8 @@ mod tests {
     #[rstest]
     #[case::not_a_bool(&[("paths", A), ("database", "yes")], "volume attribute `database`: \"yes\" is not `true` or `false`")]
     #[case::nothing(&[], "no volume attribute names a store path; set `paths`")]
+    #[case::only_optional(&[("optionalPaths", A)], "no volume attribute names a store path; set `paths`")]
+    #[case::bad_optional(&[("paths", A), ("optionalPaths", "hello")], "volume attribute `optionalPaths`: line 1, column 1: \"hello\" is not a store path; expected /nix/store/<hash>-<name>")]
     #[case::empty(&[("paths", " ")], "no volume attribute names a store path; set `paths`")]
     #[case::other_system(&[("aarch64-linux", A)], "this node is x86_64-linux, and the volume has paths only for aarch64-linux")]
     #[case::misspelt(&[("path", A)], "volume attribute `path` is not known here; check its spelling, or upgrade the node driver on this node")]
