@@ -11,6 +11,7 @@ programs=(
     kills
     gc
     volumes
+    limits
     nix_inside
     hostile
     recovery

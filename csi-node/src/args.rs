@@ -312,6 +312,7 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
             patience: Duration::from_secs(options.patience),
             kubernetes,
             limits: config.limits,
+            max_size_limit: config.max_size_limit,
         },
     );
     let recovering = driver.clone();

@@ -100,6 +100,8 @@ pub struct Config {
     pub largest: Largest,
     /// `min-free` and `max-free`: when collection begins, and when it ends.
     pub limits: Limits,
+    /// `max-size-limit`, which Nix does not have: the most that a read-write volume may ask for, which then must ask.
+    pub max_size_limit: Option<u64>,
     /// `netrc-file`: names and passwords for caches.
     pub netrc_file: Option<PathBuf>,
     /// `bearer-tokens-file`, which Nix does not have: lines of `<host> <token>`.
@@ -132,6 +134,7 @@ impl Default for Config {
             ssl_cert_file: None,
             largest: Largest::default(),
             limits: Limits::default(),
+            max_size_limit: None,
             netrc_file: None,
             bearer_tokens_file: None,
         }
@@ -253,6 +256,7 @@ impl Config {
                 "max-closure-size" => config.largest.bytes = setting.bytes()?,
                 "min-free" => config.limits.min_free = Some(setting.bytes()?),
                 "max-free" => config.limits.max_free = Some(setting.bytes()?),
+                "max-size-limit" => config.max_size_limit = Some(setting.bytes()?),
                 "netrc-file" => config.netrc_file = setting.file(),
                 "bearer-tokens-file" => config.bearer_tokens_file = setting.file(),
                 option => unknown.push(option.to_owned()),
@@ -298,6 +302,8 @@ mod tests {
         assert_eq!(config.largest, Largest { paths: 10, bytes: 2 << 30 });
         let (config, _) = Config::parse("min-free = 5G\nmax-free = 1024").unwrap();
         assert_eq!(config.limits, Limits { min_free: Some(5 << 30), max_free: Some(1024) });
+        assert_eq!(config.max_size_limit, None);
+        assert_eq!(Config::parse("max-size-limit = 1G").unwrap().0.max_size_limit, Some(1 << 30));
     }
 
     #[rstest]

@@ -35,6 +35,8 @@ pub struct DriverOptions {
     pub kubernetes: Kubernetes,
     /// How much of the disk is kept free.
     pub limits: Limits,
+    /// The most that a read-write volume may ask for. With it each of them must ask.
+    pub max_size_limit: Option<u64>,
 }
 
 /// How often what was registered is synced.
@@ -57,6 +59,8 @@ pub struct Driver {
     pub(crate) usage: Usage,
     pub(crate) collector: Collector,
     pub(crate) metrics: Metrics,
+    /// Whether the store's filesystem enforces what a volume may write.
+    pub(crate) has_quotas: bool,
     pub(crate) ops: Operations,
     /// One view is built at a time: both cores are in it, and a second call for it finds it done.
     pub(crate) building: Arc<tokio::sync::Mutex<()>>,
@@ -68,6 +72,8 @@ impl Driver {
     /// A driver on a store that is open and locked.
     pub fn new(store: Arc<NodeStore>, substituter: Substituter, options: DriverOptions) -> Self {
         let (volumes, tenants) = (Volumes::new(&store), Tenants::default());
+        let has_quotas = mount::has_quotas(store.layout().root());
+        tracing::info!(has_quotas, "whether the filesystem of the store limits what volumes may write");
         let usage = Usage::load(store.layout().usage());
         let (of, limits) = (Arc::clone(&store), options.limits);
         let collector = Collector::new(of, volumes.clone(), usage.clone(), tenants.clone(), limits);
@@ -75,6 +81,7 @@ impl Driver {
             options: Arc::new(options),
             volumes,
             store,
+            has_quotas,
             fetches: Fetches::new(substituter),
             tenants,
             usage,

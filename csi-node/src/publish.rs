@@ -8,12 +8,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix_csi_proto::volume::VolumeAttributes;
+use nix_csi_proto::volume::{Medium, VolumeAttributes};
 use tonic::Code;
 
 use crate::driver::Driver;
 use crate::fault;
 use crate::kubernetes::Event;
+use crate::limit::{self, LimitError, Node};
 use crate::mount::{self, MountError, MountRequest};
 use crate::ops::Busy;
 use crate::path_error::PathError;
@@ -22,7 +23,7 @@ use crate::request::{PublishRequest, RequestError, UnpublishRequest};
 use crate::store::{DatabaseError, ProvenanceError, RegisterError};
 use crate::substituter::{CacheError, FetchError, Progress};
 use crate::view::{ViewError, ViewSpec};
-use crate::volume::{Mode, Pod, Record, VolumeError};
+use crate::volume::{Limit, Mode, Pod, Record, VolumeError, VolumeId};
 use crate::wanted::Wanted;
 
 /// Why a volume is not published.
@@ -54,6 +55,12 @@ pub enum PublishError {
     /// The view cannot be built.
     #[error("cannot build the view")]
     View(#[from] ViewError),
+    /// The pod may not write, or not so much.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    /// Nobody knows how much is free.
+    #[error(transparent)]
+    Space(PathError),
     /// The volume's record.
     #[error(transparent)]
     Volume(#[from] VolumeError),
@@ -105,13 +112,17 @@ impl PublishError {
             }
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
-            Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) => {
+            Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) | Self::Space(error) => {
                 io_code(&error.source)
             }
             Self::View(ViewError::Database(error)) => database_code(error),
-            Self::Volume(VolumeError::Damaged { .. }) | Self::Mount(_) => Code::Internal,
+            Self::Limit(LimitError::Missing { .. } | LimitError::TooMuch { .. }) => Code::PermissionDenied,
+            Self::Limit(LimitError::Low) => Code::ResourceExhausted,
+            Self::Volume(VolumeError::Damaged { .. })
+            | Self::View(ViewError::OtherFilesystem { .. })
+            | Self::Mount(_) => Code::Internal,
             Self::Different { .. } | Self::Occupied { .. } => Code::AlreadyExists,
-            Self::Elsewhere { .. } => Code::FailedPrecondition,
+            Self::Elsewhere { .. } | Self::Limit(LimitError::NotEnforced { .. }) => Code::FailedPrecondition,
             Self::Stopping => Code::Unavailable,
         }
     }
@@ -188,15 +199,20 @@ impl Driver {
         let start = tokio::time::Instant::now();
         let operation = self.ops.begin(&request.volume)?;
         let PublishRequest { volume, target, mode, attributes, pod, credentials } = request;
-        let VolumeAttributes { paths: packages, optional, entrypoints, database } = attributes;
+        let VolumeAttributes { paths: packages, optional, entrypoints, database, size_limit, medium } =
+            attributes;
+        let limit = size_limit.map(|bytes| Limit { bytes, medium });
         let mut wanted = Wanted { spec: ViewSpec { packages, entrypoints, database }, optional };
         let (view, optional) = (wanted.complete().id().to_string(), wanted.record());
-        let mut record = Record { volume, target, view, mode, pod, optional };
+        let mut record = Record { volume, target, view, mode, pod, optional, limit };
         let found = match self.find(&record)? {
             Found::Published => return Ok(()),
             Found::Recorded(found) => Some(found),
             Found::Nothing => None,
         };
+        if mode == Mode::ReadWrite {
+            self.check_limit(&record, found.is_none())?;
+        }
         // What the pod wrote lies over the view that it had.
         if let Some(optional) =
             found.filter(|found| found.mode == Mode::ReadWrite).and_then(|found| found.optional)
@@ -278,7 +294,7 @@ impl Driver {
                 mount::unmount_and_remove(target)?;
             }
             fault::point("unpublish.unmounted");
-            this.volumes.remove(&this.store, &request.volume)?;
+            this.forget(&request.volume)?;
             fault::point("unpublish.forgotten");
             if let Some(record) = recorded {
                 this.usage.touch(&record.view);
@@ -289,6 +305,13 @@ impl Driver {
         .await??;
         self.store.empty_trash_later();
         Ok(())
+    }
+
+    /// Deletes all there is of a volume that is not mounted any more.
+    pub(crate) fn forget(&self, volume: &VolumeId) -> Result<(), PublishError> {
+        // Of a call that was killed while it was there.
+        mount::unmount_and_remove(&self.volumes.memory(volume))?;
+        Ok(self.volumes.remove(&self.store, volume)?)
     }
 
     /// What there is of this very volume. Another one at its target is an error.
@@ -317,6 +340,16 @@ impl Driver {
         }
     }
 
+    /// Whether the pod may write as much as it wants to. One that has begun to may go on.
+    fn check_limit(&self, record: &Record, is_new: bool) -> Result<(), PublishError> {
+        let node = Node {
+            most: self.options.max_size_limit,
+            has_quotas: self.has_quotas,
+            is_low: is_new && self.collector.is_low().map_err(PublishError::Space)?,
+        };
+        Ok(limit::check(record.limit, is_new, node, || self.store.layout().root().to_owned())?)
+    }
+
     /// Writes the record, then mounts. A mount that fails takes its record with it, unless the volume was
     /// there before: after a reboot it holds what the pod wrote.
     fn mount(&self, view: &Path, record: &Record) -> Result<(), PublishError> {
@@ -328,7 +361,7 @@ impl Driver {
         if mounted.is_err() {
             let _ = mount::unmount_and_remove(&record.target);
             if is_new {
-                let _ = self.volumes.remove(&self.store, &record.volume);
+                let _ = self.forget(&record.volume);
             }
         }
         mounted
@@ -343,12 +376,20 @@ impl Driver {
             _ => {}
         }
         fault::point("publish.target-made");
+        let shown = view.to_owned();
         let request = match record.mode {
-            Mode::ReadOnly => MountRequest::ReadOnly { view: view.to_owned() },
-            Mode::ReadWrite => {
-                let (upper, work) = self.volumes.upper_and_work(&record.volume);
-                MountRequest::ReadWrite { view: view.to_owned(), upper, work }
-            }
+            Mode::ReadOnly => MountRequest::ReadOnly { view: shown },
+            Mode::ReadWrite => match record.limit {
+                Some(Limit { bytes, medium: Medium::Memory }) => {
+                    let memory = self.volumes.memory(&record.volume);
+                    MountRequest::ReadWriteInMemory { view: shown, memory, bytes }
+                }
+                limit => {
+                    let (upper, work) = self.volumes.upper_and_work(&record.volume);
+                    let limit = limit.map(|limit| limit.bytes);
+                    MountRequest::ReadWrite { view: shown, upper, work, limit }
+                }
+            },
         };
         match mount::mount(&request, &record.target) {
             Err(_) if !view.is_dir() => Err(PublishError::Retired),

@@ -47,12 +47,17 @@ impl Driver {
             let is_overlaid = || {
                 mount::names_below(&self.store.layout().volumes()).map(|names| names.contains(id.as_str()))
             };
-            if at_target || is_known || is_overlaid()? {
+            if at_target || is_known {
+                continue;
+            }
+            // What a call left that was killed there; an overlay would have the memory without it.
+            mount::unmount_and_remove(&self.volumes.memory(&id))?;
+            if is_overlaid()? {
                 continue;
             }
             let pod = record.map(|record| format!("{}/{}", record.pod.namespace, record.pod.name));
             tracing::info!(volume.id = %id, pod, "kubelet does not know this volume any more");
-            self.volumes.remove(&self.store, &id)?;
+            self.forget(&id)?;
             removed += 1;
         }
         if removed > 0 {

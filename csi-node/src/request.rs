@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use nix_csi_proto::System;
 use nix_csi_proto::csi::{self, volume_capability::AccessType};
 use nix_csi_proto::volume::{
-    EPHEMERAL, POD_NAME, POD_NAMESPACE, POD_UID, ParseAttributesError, VolumeAttributes,
+    EPHEMERAL, POD_NAME, POD_NAMESPACE, POD_UID, ParseAttributesError, SIZE_LIMIT, VolumeAttributes,
 };
 
 use crate::substituter::{Credentials, ParseCredentialsError};
@@ -37,6 +37,12 @@ pub enum RequestError {
     /// A persistent volume.
     #[error("this driver serves inline volumes of pods only; write `csi:` into the pod's `volumes`")]
     NotEphemeral,
+    /// Nothing can be written there.
+    #[error(
+        "volume attribute `{0}` is for volumes that the pod can write, and this one is `readOnly: true`; \
+         take one of them away"
+    )]
+    LimitOfReadOnly(&'static str),
     /// A secret that says nothing.
     #[error(transparent)]
     Credentials(#[from] ParseCredentialsError),
@@ -95,14 +101,13 @@ impl PublishRequest {
         let secret = |key: &str| request.secrets.get(key).map(String::as_str);
         let credentials = (!request.secrets.is_empty()).then(|| Credentials::parse(secret)).transpose()?;
         let attributes = request.volume_context.iter().map(|(key, value)| (key.as_str(), value.as_str()));
-        Ok(Self {
-            volume,
-            target,
-            mode: if request.readonly { Mode::ReadOnly } else { Mode::ReadWrite },
-            attributes: VolumeAttributes::parse(attributes, system)?,
-            pod,
-            credentials,
-        })
+        let attributes = VolumeAttributes::parse(attributes, system)?;
+        let mode = if request.readonly { Mode::ReadOnly } else { Mode::ReadWrite };
+        // Nobody is to believe that there is a limit where there is none.
+        if mode == Mode::ReadOnly && attributes.size_limit.is_some() {
+            return Err(RequestError::LimitOfReadOnly(SIZE_LIMIT));
+        }
+        Ok(Self { volume, target, mode, attributes, pod, credentials })
     }
 }
 
@@ -175,7 +180,7 @@ mod tests {
 
     #[test]
     fn what_is_refused() {
-        let cases: [(Change, &str); 12] = [
+        let cases: [(Change, &str); 13] = [
             // no id
             (|r| r.volume_id.clear(), "the request has no volume id"),
             // id climbs
@@ -221,6 +226,11 @@ mod tests {
             ),
             // no pod
             (|r| drop(r.volume_context.remove(POD_UID)), "the request has no csi.storage.k8s.io/pod.uid"),
+            // a limit of nothing
+            (
+                |r| drop(r.volume_context.insert("sizeLimit".into(), "1Gi".into())),
+                "volume attribute `sizeLimit` is for volumes that the pod can write, and this one is `readOnly: true`; take one of them away",
+            ),
             // no paths
             (
                 |r| drop(r.volume_context.remove("paths")),

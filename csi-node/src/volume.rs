@@ -3,6 +3,7 @@
 //! ```text
 //! volumes/<volume id>/record.json   written before the mount, removed last
 //! volumes/<volume id>/{upper,work}  read-write volumes
+//! volumes/<volume id>/memory        empty: those that write into memory
 //! ```
 //! **Invariant:** whatever is mounted has a record, so a crash at any point leaves something to find it by.
 
@@ -13,6 +14,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use nix_csi_proto::volume::Medium;
 use serde::{Deserialize, Serialize};
 
 use crate::path_error::PathError;
@@ -110,6 +112,18 @@ pub struct Record {
     /// What it can do without, if there is anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub optional: Option<Optional>,
+    /// How much the pod may write, if there is a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<Limit>,
+}
+
+/// How much a pod may write, and where it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// So many bytes.
+    pub bytes: u64,
+    /// Whose.
+    pub medium: Medium,
 }
 
 /// What a volume can do without: so the view alone does not say what was asked for.
@@ -179,6 +193,11 @@ impl Volumes {
         (dir.join("upper"), dir.join("work"))
     }
 
+    /// Where a filesystem in memory is for a moment, until an overlay has it.
+    pub fn memory(&self, id: &VolumeId) -> PathBuf {
+        self.volume(id).join("memory")
+    }
+
     /// Whether there is anything of `id`.
     pub fn exists(&self, id: &VolumeId) -> bool {
         self.volume(id).exists()
@@ -200,7 +219,9 @@ impl Volumes {
     pub fn write(&self, record: &Record) -> Result<(), VolumeError> {
         let dir = self.volume(&record.volume);
         make_dir(&dir, 0o700)?;
-        if record.mode == Mode::ReadWrite {
+        if record.limit.is_some_and(|limit| limit.medium == Medium::Memory) {
+            make_dir(&self.memory(&record.volume), 0o700)?;
+        } else if record.mode == Mode::ReadWrite {
             let (upper, work) = self.upper_and_work(&record.volume);
             // The root of the overlay shows the upper's mode: a pod of any user must get through.
             make_dir(&upper, 0o755)?;
@@ -267,6 +288,7 @@ mod tests {
             mode: Mode::ReadOnly,
             pod: Pod { namespace: "shop".into(), name: "web".into(), uid: "1".into() },
             optional,
+            limit: None,
         }
     }
 

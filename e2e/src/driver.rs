@@ -175,6 +175,7 @@ impl TestNode {
             patience: Duration::from_mins(1),
             kubernetes: self.kubernetes.clone(),
             limits: config.limits,
+            max_size_limit: config.max_size_limit,
         };
         let driver = Driver::new(store, substituter, options);
         driver.recover()?;

@@ -9,6 +9,7 @@ pub mod driver;
 mod fault;
 mod fixtures;
 mod http;
+pub mod idmap;
 pub mod nar_cache;
 pub mod nix;
 pub mod process;

@@ -69,6 +69,7 @@ impl Setup {
                 pods_dir: pods,
                 patience: Duration::from_mins(5),
                 limits: Limits { min_free: Some(0), max_free: None },
+                max_size_limit: None,
                 kubernetes: Kubernetes::default(),
             },
         );

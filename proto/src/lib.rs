@@ -6,10 +6,12 @@
 //! I/O.
 
 pub mod annotations;
+mod quantity;
 mod references;
 mod system;
 pub mod volume;
 
+pub use quantity::parse_quantity;
 pub use references::{Item, ParseReferencesError, Reference, References};
 pub use system::{ParseSystemError, System};
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use nix_csi_store::StorePath;
 
+use crate::quantity::parse_quantity;
 use crate::references::{ParseReferencesError, References};
 use crate::system::System;
 
@@ -17,6 +18,10 @@ pub const ENTRYPOINT: &str = "entrypoint";
 pub const ENTRYPOINT_AUTO: &str = "auto";
 /// Whether the view has a Nix database of its closure.
 pub const DATABASE: &str = "database";
+/// How much a pod may write, as a quantity.
+pub const SIZE_LIMIT: &str = "sizeLimit";
+/// Where a pod's writes are kept, as for an `emptyDir`.
+pub const MEDIUM: &str = "medium";
 /// Where the link to a container's entry point is, as the container sees it.
 pub const ENTRY_DIR: &str = "/nix/var/entry";
 /// The merged packages, as the container sees them.
@@ -71,6 +76,9 @@ pub enum ParseAttributesError {
     /// No attribute names a store path.
     #[error("no volume attribute names a store path; set `paths`")]
     NoPaths,
+    /// Nobody knows how much memory.
+    #[error("volume attribute `{MEDIUM}`: Memory needs `{SIZE_LIMIT}`, which says how much of it")]
+    MemoryWithoutLimit,
     /// Paths, but only for other systems.
     #[error("this node is {node}, and the volume has paths only for {}", .present.join(", "))]
     OtherSystem {
@@ -103,6 +111,17 @@ pub enum Database {
     Never,
 }
 
+/// Where a pod's writes are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Medium {
+    /// On the node's disk.
+    #[default]
+    Disk,
+    /// In its memory.
+    Memory,
+}
+
 /// The attributes of one volume, for a node of one system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeAttributes {
@@ -114,6 +133,10 @@ pub struct VolumeAttributes {
     pub entrypoints: BTreeMap<String, Entrypoint>,
     /// Whether there is a Nix database.
     pub database: Database,
+    /// How many bytes the pod may write, if it says so.
+    pub size_limit: Option<u64>,
+    /// Where it writes.
+    pub medium: Medium,
 }
 
 impl VolumeAttributes {
@@ -126,6 +149,7 @@ impl VolumeAttributes {
         let mut optional = None;
         let mut entrypoints = BTreeMap::new();
         let mut database = Database::default();
+        let (mut size_limit, mut medium) = (None, Medium::default());
         for (key, value) in attributes {
             if key.starts_with(KUBELET_PREFIX) {
                 continue;
@@ -140,14 +164,16 @@ impl VolumeAttributes {
                 database = match value {
                     "true" => Database::Always,
                     "false" => Database::Never,
-                    _ => {
-                        let (key, value) = (key.to_owned(), value.to_owned());
-                        return Err(ParseAttributesError::Value {
-                            key,
-                            value,
-                            expected: "`true` or `false`",
-                        });
-                    }
+                    _ => return Err(bad_value(key, value, "`true` or `false`")),
+                };
+            } else if key == SIZE_LIMIT {
+                let bytes = parse_quantity(value.trim());
+                size_limit = Some(bytes.ok_or_else(|| bad_value(key, value, "a quantity like 500Mi"))?);
+            } else if key == MEDIUM {
+                medium = match value {
+                    "" => Medium::Disk,
+                    "Memory" => Medium::Memory,
+                    _ => return Err(bad_value(key, value, "`Memory`, or empty")),
                 };
             } else if EVALUATED.contains(&key) {
                 return Err(ParseAttributesError::Evaluated(key.to_owned()));
@@ -173,8 +199,15 @@ impl VolumeAttributes {
             None => Vec::new(),
         };
         optional.retain(|path| !paths.contains(path));
-        Ok(Self { paths, optional, entrypoints, database })
+        if medium == Medium::Memory && size_limit.is_none() {
+            return Err(ParseAttributesError::MemoryWithoutLimit);
+        }
+        Ok(Self { paths, optional, entrypoints, database, size_limit, medium })
     }
+}
+
+fn bad_value(key: &str, value: &str, expected: &'static str) -> ParseAttributesError {
+    ParseAttributesError::Value { key: key.to_owned(), value: value.to_owned(), expected }
 }
 
 fn parse_paths(key: &str, value: &str, system: System) -> Result<Vec<StorePath>, ParseAttributesError> {
@@ -191,8 +224,6 @@ fn parse_paths(key: &str, value: &str, system: System) -> Result<Vec<StorePath>,
 }
 
 fn parse_entrypoint(key: &str, container: &str, value: &str) -> Result<Entrypoint, ParseAttributesError> {
-    let bad =
-        |expected| ParseAttributesError::Value { key: key.to_owned(), value: value.to_owned(), expected };
     // Both become file names in the view.
     let is_label = |text: &str| {
         !text.is_empty() && text.len() <= 63 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
@@ -207,7 +238,8 @@ fn parse_entrypoint(key: &str, container: &str, value: &str) -> Result<Entrypoin
         || value.contains('\0')
         || value.split('/').any(|part| matches!(part, "" | "." | ".."))
     {
-        return Err(bad("`auto`, the name of a program, or a path like bin/hello"));
+        let expected = "`auto`, the name of a program, or a path like bin/hello";
+        return Err(bad_value(key, value, expected));
     }
     Ok(Entrypoint::Program(value.to_owned()))
 }
@@ -263,7 +295,23 @@ mod tests {
         assert_eq!(parse(&[("paths", A)]).unwrap().database, Database::WithNix);
     }
 
+    #[test]
+    fn writes_may_be_limited() {
+        let limit = |attributes: &[_]| {
+            let attributes = parse(&[&[("paths", A)], attributes].concat()).unwrap();
+            (attributes.size_limit, attributes.medium)
+        };
+        assert_eq!(limit(&[]), (None, Medium::Disk));
+        assert_eq!(limit(&[(SIZE_LIMIT, " 64Mi ")]), (Some(64 << 20), Medium::Disk));
+        assert_eq!(limit(&[(SIZE_LIMIT, "1k"), (MEDIUM, "")]), (Some(1000), Medium::Disk));
+        assert_eq!(limit(&[(SIZE_LIMIT, "1k"), (MEDIUM, "Memory")]), (Some(1000), Medium::Memory));
+    }
+
     #[rstest]
+    #[case::not_a_quantity(&[("paths", A), ("sizeLimit", "much")], "volume attribute `sizeLimit`: \"much\" is not a quantity like 500Mi")]
+    #[case::no_space(&[("paths", A), ("sizeLimit", "0")], "volume attribute `sizeLimit`: \"0\" is not a quantity like 500Mi")]
+    #[case::huge_pages(&[("paths", A), ("sizeLimit", "1Gi"), ("medium", "HugePages")], "volume attribute `medium`: \"HugePages\" is not `Memory`, or empty")]
+    #[case::all_memory(&[("paths", A), ("medium", "Memory")], "volume attribute `medium`: Memory needs `sizeLimit`, which says how much of it")]
     #[case::not_a_bool(&[("paths", A), ("database", "yes")], "volume attribute `database`: \"yes\" is not `true` or `false`")]
     #[case::nothing(&[], "no volume attribute names a store path; set `paths`")]
     #[case::only_optional(&[("optionalPaths", A)], "no volume attribute names a store path; set `paths`")]

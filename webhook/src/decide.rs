@@ -281,7 +281,10 @@ impl<'a> Planner<'a> {
 
     /// The volume with `packages`, which is planned now if it was not before.
     fn volume(&mut self, packages: &References) -> String {
-        let attributes = attributes(packages);
+        let mut attributes = attributes(packages);
+        if let Some(limit) = &self.wish.size_limit {
+            attributes.insert(volume::SIZE_LIMIT.to_owned(), limit.clone());
+        }
         let read_only = !self.wish.read_write;
         let secret = self.wish.cache_secret.clone();
         let text = match &secret {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nix_csi_proto::annotations::{self, Key};
-use nix_csi_proto::{ParseReferencesError, References};
+use nix_csi_proto::{ParseReferencesError, References, parse_quantity};
 
 /// Why annotations cannot be understood. Stands alone: it is read far away from the author's editor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,9 +46,13 @@ pub enum WishError {
         /// The second place.
         key: String,
     },
-    /// A limit that nobody would enforce.
-    #[error("annotation {} is not enforced by this version; remove it", annotations::SIZE_LIMIT)]
-    SizeLimit,
+    /// A limit of nothing.
+    #[error(
+        "annotation {} limits what a pod may write, so it needs {}: rw; remove it, or say that",
+        annotations::SIZE_LIMIT,
+        annotations::MODE
+    )]
+    LimitOfReadOnly,
 }
 
 /// Which containers.
@@ -99,6 +103,8 @@ pub struct Wish {
     pub command_of: BTreeMap<String, Command>,
     /// Whether the pod may write below `/nix`.
     pub read_write: bool,
+    /// How much it may write, as it was written.
+    pub size_limit: Option<String>,
     /// The Secret that kubelet hands to the node, with credentials for caches.
     pub cache_secret: Option<String>,
     /// Whether something asks for what this version cannot do, but can be done without.
@@ -109,7 +115,6 @@ impl Wish {
     /// Reads all annotations of ours; others are skipped.
     pub fn parse<'a>(all: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, WishError> {
         let mut wish = Self::default();
-        let mut size_limit = false;
         let all: Vec<_> = all.into_iter().collect();
         // Whoever wants nothing need not get the rest right.
         if all.iter().any(|(key, value)| *key == annotations::INJECT && switch(value) == Some(false)) {
@@ -154,12 +159,19 @@ impl Wish {
                         object_name(value).ok_or_else(|| bad("the name of a Secret of this namespace"))?;
                     wish.cache_secret = Some(name);
                 }
-                Some(Key::SizeLimit) => size_limit = true,
+                Some(Key::SizeLimit) => {
+                    let limit = value.trim();
+                    parse_quantity(limit).ok_or_else(|| bad("a quantity like 500Mi"))?;
+                    wish.size_limit = Some(limit.to_owned());
+                }
                 Some(Key::Farm) => wish.farm = switch(value).ok_or_else(|| bad(SWITCH))?,
                 Some(Key::Inject) => drop(switch(value).ok_or_else(|| bad(SWITCH))?),
             }
         }
-        if size_limit && wish.wants_packages() { Err(WishError::SizeLimit) } else { Ok(wish) }
+        if wish.size_limit.is_some() && !wish.read_write && wish.wants_packages() {
+            return Err(WishError::LimitOfReadOnly);
+        }
+        Ok(wish)
     }
 
     /// Whether there is a list of packages at all.
@@ -273,6 +285,21 @@ mod tests {
         assert!(object.packages.is_some() && object.packages_of.contains_key("a-long-name"));
     }
 
+    #[test]
+    fn a_limit_is_for_what_can_be_written() {
+        let of = |key: &'static str, value| (key, value);
+        let limit = of(annotations::SIZE_LIMIT, " 64Mi ");
+        let packages = of(annotations::PACKAGES, A);
+        let wish = Wish::parse([limit, packages, of(annotations::MODE, "rw")]).unwrap();
+        assert_eq!(wish.size_limit.as_deref(), Some("64Mi"));
+        assert_eq!(
+            Wish::parse([limit, packages]).unwrap_err().to_string(),
+            "annotation nix.lillecarl.com/size-limit limits what a pod may write, so it needs nix.lillecarl.com/mode: rw; remove it, or say that"
+        );
+        // Without packages nothing is injected, and nothing is limited.
+        assert!(Wish::parse([limit]).is_ok());
+    }
+
     #[rstest]
     #[case("command", "hello", Command::Program("hello".into()))]
     #[case("command", "bin/hello", Command::Program("bin/hello".into()))]
@@ -317,6 +344,11 @@ mod tests {
         "cache-secret",
         "",
         "annotation nix.lillecarl.com/cache-secret: \"\" is not the name of a Secret of this namespace"
+    )]
+    #[case(
+        "size-limit",
+        "much",
+        "annotation nix.lillecarl.com/size-limit: \"much\" is not a quantity like 500Mi"
     )]
     #[case("mode", "RW", "annotation nix.lillecarl.com/mode: \"RW\" is not ro or rw")]
     #[case("inject", "false", "annotation nix.lillecarl.com/inject: \"false\" is not enabled or disabled")]

@@ -187,6 +187,7 @@ async fn containers_by_name_and_sets_by_container() {
         "nix.lillecarl.com/packages.b": format!("{JQ} aarch64-linux={HELLO}"),
         "nix.lillecarl.com/containers": "a",
         "nix.lillecarl.com/mode": "rw",
+        "nix.lillecarl.com/size-limit": "500Mi",
     });
     let mut before = pod(&annotations, &containers);
     before["spec"]["initContainers"] = json!([{"name": "setup", "image": "s"}]);
@@ -199,7 +200,9 @@ async fn containers_by_name_and_sets_by_container() {
     assert!(volumes.iter().all(|volume| volume["csi"]["readOnly"] == false));
     assert_eq!(
         volumes[1]["csi"]["volumeAttributes"],
-        json!({"paths": JQ, "aarch64-linux": format!("{JQ}\n{HELLO}"), "entrypoint.b": "auto"})
+        json!({
+            "paths": JQ, "aarch64-linux": format!("{JQ}\n{HELLO}"), "entrypoint.b": "auto", "sizeLimit": "500Mi",
+        })
     );
 }
 
@@ -282,6 +285,8 @@ async fn what_cannot_work_is_denied() {
     windows["spec"]["os"] = json!({"name": "windows"});
     assert!(denied(&windows).await.contains("run on Linux"));
     let annotations = json!({"nix.lillecarl.com/packages": HELLO, "nix.lillecarl.com/mode": "rw"});
+    let limited = json!({"nix.lillecarl.com/packages": HELLO, "nix.lillecarl.com/size-limit": "1Gi"});
+    assert!(denied(&pod(&limited, &nginx())).await.contains("it needs nix.lillecarl.com/mode: rw"));
     let mut mapped = pod(&annotations, &nginx());
     mapped["spec"]["hostUsers"] = json!(false);
     assert!(denied(&mapped).await.contains("hostUsers: false"));
@@ -394,6 +399,9 @@ fn arbitrary_pod() -> impl Strategy<Value = Value> {
         Just(packages(HELLO)),
         Just(packages(&format!("{HELLO}/bin/hello, {JQ}"))),
         Just(json!({"nix.lillecarl.com/packages.c0": JQ, "nix.lillecarl.com/mode": "rw"})),
+        Just(
+            json!({"nix.lillecarl.com/packages": JQ, "nix.lillecarl.com/mode": "rw", "nix.lillecarl.com/size-limit": "1Gi"})
+        ),
         Just(json!({"nix.lillecarl.com/packages": HELLO, "nix.lillecarl.com/packages.c0": JQ})),
         Just(
             json!({"nix.lillecarl.com/packages": HELLO, "nix.lillecarl.com/image": "keep", "nix.lillecarl.com/command": "x"})

@@ -205,15 +205,20 @@ impl Collector {
         Ok(removed)
     }
 
+    /// Whether there is less free than there should be.
+    pub(crate) fn is_low(&self) -> Result<bool, PathError> {
+        Ok(self.space()?.is_low(self.limits))
+    }
+
     /// Bytes and inodes that are free.
     pub(crate) fn free(&self) -> Result<(u64, u64), CollectError> {
         let space = self.space()?;
         Ok((space.free_bytes, space.free_inodes))
     }
 
-    fn space(&self) -> Result<Space, CollectError> {
+    fn space(&self) -> Result<Space, PathError> {
         let root = self.store.layout().root();
-        Ok(Space::of(root).map_err(PathError::on("ask for the space of", root))?)
+        Space::of(root).map_err(PathError::on("ask for the space of", root))
     }
 
     fn views(&self) -> Result<Vec<String>, CollectError> {

@@ -4,10 +4,12 @@
 //! propagates to, is it writable or open to setuid files. What is asked for is an enum, so that it can be
 //! answered by a helper process with more privileges than the rest of the driver.
 
+mod quota;
 mod syscalls;
 
 use std::collections::HashSet;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
@@ -16,6 +18,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
 
+pub use quota::has_quotas;
 pub use syscalls::probe;
 
 use crate::path_error::PathError;
@@ -41,6 +44,17 @@ pub enum MountRequest {
         upper: PathBuf,
         /// overlayfs' own directory, beside `upper`.
         work: PathBuf,
+        /// How many bytes the two may take together, where the filesystem enforces it.
+        limit: Option<u64>,
+    },
+    /// The same, with what the pod writes in memory of its own. It is gone with the mount.
+    ReadWriteInMemory {
+        /// The view.
+        view: PathBuf,
+        /// An empty directory of the volume's, on which the memory is mounted for a moment.
+        memory: PathBuf,
+        /// How much of it.
+        bytes: u64,
     },
 }
 
@@ -48,7 +62,15 @@ pub enum MountRequest {
 pub fn mount(request: &MountRequest, target: &Path) -> Result<(), MountError> {
     match request {
         MountRequest::ReadOnly { view } => bind_read_only(view, target),
-        MountRequest::ReadWrite { view, upper, work } => overlay(view, upper, work, target),
+        MountRequest::ReadWrite { view, upper, work, limit } => {
+            if let Some(bytes) = limit {
+                quota::limit(upper, work, *bytes)?;
+            }
+            overlay(view, upper, work, target)
+        }
+        MountRequest::ReadWriteInMemory { view, memory, bytes } => {
+            overlay_in_memory(view, memory, *bytes, target)
+        }
     }
 }
 
@@ -93,6 +115,40 @@ fn overlay(view: &Path, upper: &Path, work: &Path, target: &Path) -> Result<(), 
         .map_err(fail("attach the overlay at", target))
 }
 
+/// Shows `view` with a filesystem in memory over it.
+///
+/// The overlay keeps that filesystem, so it is attached for as long as it takes to name it: afterwards nobody else can
+/// reach it, and nothing of it is left when the overlay is gone, whoever ends first.
+fn overlay_in_memory(view: &Path, memory: &Path, bytes: u64, target: &Path) -> Result<(), MountError> {
+    // Of a call that was killed between.
+    unmount_all(memory)?;
+    let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("make memory for", target))?;
+    let (size, inodes) = (bytes.to_string(), inodes_for(bytes).to_string());
+    for (key, value) in [("size", &*size), ("nr_inodes", &*inodes), ("mode", "700"), ("source", "nix-csi")] {
+        fsconfig_set_string(&fs, key, value).map_err(fail("set up the memory for", target))?;
+    }
+    fsconfig_create(&fs).map_err(fail("create the memory for", target))?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        .map_err(fail("mount the memory for", target))?;
+    move_mount(&mount, "", CWD, memory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(fail("attach the memory at", memory))?;
+    let (upper, work) = (memory.join("upper"), memory.join("work"));
+    let shown = std::fs::create_dir(&upper)
+        // The root of the overlay shows the upper's mode: a pod of any user must get through.
+        .and_then(|()| std::fs::set_permissions(&upper, PermissionsExt::from_mode(0o755)))
+        .and_then(|()| std::fs::create_dir(&work))
+        .map_err(fail("make the directories in", memory))
+        .and_then(|()| overlay(view, &upper, &work, target));
+    let detached = unmount_all(memory);
+    shown.and(detached)
+}
+
+/// How many files go with so many bytes: a page for each, and some for what is there in any case.
+fn inodes_for(bytes: u64) -> u64 {
+    (bytes / 4096).max(64)
+}
+
 /// Which entries of `dir` the table of mounts names: what is mounted from there, and what lies below an overlay.
 pub fn names_below(dir: &Path) -> Result<HashSet<String>, MountError> {
     let table = Path::new("/proc/self/mountinfo");
@@ -126,6 +182,15 @@ pub fn is_mount_point(path: &Path) -> Result<bool, MountError> {
 ///
 /// Never recursive: behind the mount are the inodes of every other pod.
 pub fn unmount_and_remove(target: &Path) -> Result<(), MountError> {
+    unmount_all(target)?;
+    match std::fs::remove_dir(target) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail("remove", target)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Unmounts all that is mounted at `target`. A missing path is well too.
+fn unmount_all(target: &Path) -> Result<(), MountError> {
     while is_mount_point(target)? {
         match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
@@ -137,10 +202,7 @@ pub fn unmount_and_remove(target: &Path) -> Result<(), MountError> {
             Err(error) => return Err(fail("unmount", target)(error)),
         }
     }
-    match std::fs::remove_dir(target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail("remove", target)(error)),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 #[cfg(test)]
