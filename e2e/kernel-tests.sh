@@ -12,6 +12,7 @@ programs=(
     gc
     volumes
     limits
+    views
     nix_inside
     hostile
     recovery

@@ -44,6 +44,8 @@ struct Inner {
     fetched_bytes: Counter,
     ran_alone: Gauge<u64, AtomicU64>,
     left_out: Counter,
+    copied_files: Counter,
+    profile_collisions: Counter,
     fetches: Gauge,
     volumes: Gauge,
     free_bytes: Gauge<u64, AtomicU64>,
@@ -76,6 +78,8 @@ impl Metrics {
             fetched_bytes: Counter::default(),
             ran_alone: Gauge::default(),
             left_out: Counter::default(),
+            copied_files: Counter::default(),
+            profile_collisions: Counter::default(),
             fetches: Gauge::default(),
             volumes: Gauge::default(),
             free_bytes: Gauge::default(),
@@ -102,6 +106,10 @@ impl Metrics {
         registry.register("paths_alone", help, inner.ran_alone.clone());
         let help = "Optional paths that volumes do without";
         registry.register("optional_paths_left_out", help, inner.left_out.clone());
+        let help = "Files copied into views because they can have no more links";
+        registry.register("view_copied_files", help, inner.copied_files.clone());
+        let help = "Files that several packages of a view have, of which one is in its profile";
+        registry.register("profile_collisions", help, inner.profile_collisions.clone());
         registry.register("fetches", "Fetches under way", inner.fetches.clone());
         registry.register("volumes", "Volumes that are recorded", inner.volumes.clone());
         let (help, of) = ("Bytes free where the store is", inner.free_bytes.clone());
@@ -133,6 +141,12 @@ impl Metrics {
     /// A volume does without so many optional paths.
     pub(crate) fn left_out(&self, paths: usize) {
         self.0.left_out.inc_by(paths as u64);
+    }
+
+    /// A view was built.
+    pub(crate) fn built(&self, copied: u64, collisions: u64) {
+        self.0.copied_files.inc_by(copied);
+        self.0.profile_collisions.inc_by(collisions);
     }
 
     /// A collection has ended.
@@ -174,6 +188,7 @@ mod tests {
         metrics.ended("publish", Code::NotFound);
         metrics.published(true, Duration::from_millis(1));
         metrics.left_out(2);
+        metrics.built(3, 4);
         metrics.collected(&Collection { views: 1, paths: 2, bytes: 3, is_enough: false });
         let state =
             State { fetched: (3, 4096), ran_alone: 1, fetches: 2, volumes: 3, free_bytes: 4, free_inodes: 5 };
@@ -185,6 +200,8 @@ mod tests {
             "nix_csi_fetched_bytes_total 4096",
             "nix_csi_paths_alone 1",
             "nix_csi_optional_paths_left_out_total 2",
+            "nix_csi_view_copied_files_total 3",
+            "nix_csi_profile_collisions_total 4",
             "nix_csi_fetches 2",
             "nix_csi_volumes 3",
             "nix_csi_filesystem_free_bytes 4",

@@ -15,7 +15,7 @@ use crate::publish::{PublishError, blocking, chain};
 use crate::substituter::{Closure, Credentials, FetchError, Progress, Waited};
 use crate::tenancy::authorize;
 use crate::usage::Using;
-use crate::view::{self, ViewId, ViewSpec};
+use crate::view::{self, Built, Collisions, ViewId, ViewSpec};
 use crate::volume::{Pod, Record, VolumeId};
 use crate::wanted::{Wanted, is_left_out, names};
 
@@ -84,8 +84,8 @@ impl Driver {
         let using = self.usage.begin(id.as_str());
         let ready = ready(&closures);
         // Goes on when the call ends: the next one finds the view.
-        let this = self.clone();
-        let building = tokio::spawn(async move { this.build_view(spec, closures).await });
+        let (this, of) = (self.clone(), pod.clone());
+        let building = tokio::spawn(async move { this.build_view(spec, closures, &of).await });
         let Ok(built) = tokio::time::timeout_at(call.deadline, building).await else {
             return Err(PublishError::Building);
         };
@@ -129,7 +129,13 @@ impl Driver {
         Ok(closure)
     }
 
-    async fn build_view(&self, spec: ViewSpec, closures: Vec<Arc<Closure>>) -> Result<PathBuf, PublishError> {
+    /// Builds the view unless it is there. Whoever has it built is told what there is to say.
+    async fn build_view(
+        &self,
+        spec: ViewSpec,
+        closures: Vec<Arc<Closure>>,
+        pod: &Pod,
+    ) -> Result<PathBuf, PublishError> {
         let id = spec.id();
         let using = self.usage.begin(id.as_str());
         let building = self.building.clone().lock_owned().await;
@@ -138,7 +144,7 @@ impl Driver {
         }
         let store = Arc::clone(&self.store);
         let built = blocking(move || {
-            let view = view::build(&store, &spec, &union(&closures));
+            let view = view::build_and_tell(&store, &spec, &union(&closures));
             // Only now may a collector look at the closures: the view has roots of its own.
             store.release(closures);
             drop((building, using));
@@ -148,7 +154,12 @@ impl Driver {
         if built.is_err() {
             self.store.empty_trash_later();
         }
-        Ok(built?)
+        let Built { path, copied, collisions } = built?;
+        self.metrics.built(copied, collisions.count as u64);
+        if collisions.count > 0 {
+            self.options.kubernetes.tell(pod, collided(&collisions));
+        }
+        Ok(path)
     }
 }
 
@@ -194,4 +205,18 @@ fn left_out(missing: &[(StorePath, FetchError)]) -> Event {
     let reasons: Vec<_> = missing.iter().map(|(_, error)| chain(error)).collect();
     let message = format!("the volume does without {}: {}", names.join(", "), reasons.join("; "));
     Event { reason: "NixOptionalMissing", is_warning: true, message }
+}
+
+/// What a pod is told of a profile in which not every file of its packages is.
+fn collided(Collisions { count, first }: &Collisions) -> Event {
+    let shown = first.iter().map(|(at, taken, left)| {
+        format!("{} is {} and not {}", at.display(), taken.display(), left.display())
+    });
+    let more = count - first.len();
+    let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+    let message = format!(
+        "{count} times several packages have the same file, and the first one's is in /nix/var/result: {}{more}",
+        shown.collect::<Vec<_>>().join(", "),
+    );
+    Event { reason: "NixProfileCollision", is_warning: true, message }
 }

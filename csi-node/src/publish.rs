@@ -112,9 +112,10 @@ impl PublishError {
             }
             Self::Fetch(error) => fetch_code(error.root()),
             Self::Request(_) | Self::View(ViewError::Entry(_)) => Code::InvalidArgument,
-            Self::View(ViewError::Io(error)) | Self::Volume(VolumeError::Io(error)) | Self::Target(error) | Self::Space(error) => {
-                io_code(&error.source)
-            }
+            Self::View(ViewError::Io(error))
+            | Self::Volume(VolumeError::Io(error))
+            | Self::Target(error)
+            | Self::Space(error) => io_code(&error.source),
             Self::View(ViewError::Database(error)) => database_code(error),
             Self::Limit(LimitError::Missing { .. } | LimitError::TooMuch { .. }) => Code::PermissionDenied,
             Self::Limit(LimitError::Low) => Code::ResourceExhausted,

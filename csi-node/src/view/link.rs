@@ -1,15 +1,21 @@
 //! Hard-links store paths into a view: directories are made, everything else is linked.
 //!
+//! A file that has as many links already as its filesystem allows (65,000 on ext4) is copied. Only that one, and only into
+//! views that are built from then on: it costs space, and nobody notices.
+//!
 //! The unit of work is one directory, so that one large path keeps all threads busy as well as many small
 //! ones do. Two threads are enough: beyond that they wait for the journal.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use nix_csi_store::StorePath;
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::ViewError;
 use crate::path_error::PathError;
@@ -23,26 +29,40 @@ struct Task {
     to: PathBuf,
 }
 
+/// A name in two open directories, and what they are called.
+struct Entry<'a> {
+    source: &'a OwnedFd,
+    from: &'a Path,
+    target: &'a OwnedFd,
+    to: &'a Path,
+    name: &'a CStr,
+}
+
 struct Queue {
     /// Last in, first out: so few directories wait at any time.
     tasks: Vec<Task>,
     working: usize,
+    copied: u64,
     failed: Option<ViewError>,
 }
 
-/// Links `paths` from the store directory `from` into `to`.
-pub(super) fn link_paths(from: &Path, to: &Path, paths: &[StorePath]) -> Result<(), ViewError> {
+/// Links `paths` from the store directory `from` into `to`. Gives back how many files had to be copied.
+pub(super) fn link_paths(from: &Path, to: &Path, paths: &[StorePath]) -> Result<u64, ViewError> {
+    let (source, target) = (open_dir(from)?, open_dir(to)?);
+    let mut copied = 0;
     let mut tasks = Vec::with_capacity(paths.len());
     for path in paths {
-        let (from, to) = (from.join(path.base_name()), to.join(path.base_name()));
-        if std::fs::symlink_metadata(&from).map_err(PathError::on("look at", &from))?.is_dir() {
-            make_dir(&to)?;
-            tasks.push(Task { from, to });
+        let (below, at) = (from.join(path.base_name()), to.join(path.base_name()));
+        if std::fs::symlink_metadata(&below).map_err(PathError::on("look at", &below))?.is_dir() {
+            make_dir(&at)?;
+            tasks.push(Task { from: below, to: at });
         } else {
-            rustix::fs::linkat(CWD, &from, CWD, &to, AtFlags::empty()).map_err(PathError::on("link", &to))?;
+            let name = CString::new(path.base_name()).unwrap_or_default();
+            let entry = Entry { source: &source, from, target: &target, to, name: &name };
+            copied += u64::from(entry.link()?);
         }
     }
-    let queue = Mutex::new(Queue { tasks, working: 0, failed: None });
+    let queue = Mutex::new(Queue { tasks, working: 0, copied, failed: None });
     let changed = Condvar::new();
     std::thread::scope(|scope| {
         for _ in 1..THREADS {
@@ -51,7 +71,8 @@ pub(super) fn link_paths(from: &Path, to: &Path, paths: &[StorePath]) -> Result<
         }
         work(&queue, &changed);
     });
-    queue.into_inner().unwrap_or_else(PoisonError::into_inner).failed.map_or(Ok(()), Err)
+    let Queue { copied, failed, .. } = queue.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.map_or(Ok(copied), Err)
 }
 
 fn work(queue: &Mutex<Queue>, changed: &Condvar) {
@@ -71,17 +92,21 @@ fn work(queue: &Mutex<Queue>, changed: &Condvar) {
         guard = queue.lock().unwrap_or_else(PoisonError::into_inner);
         guard.working -= 1;
         match linked {
-            Ok(more) => guard.tasks.extend(more),
+            Ok((more, copied)) => {
+                guard.tasks.extend(more);
+                guard.copied += copied;
+            }
             Err(error) => guard.failed = Some(error),
         }
         changed.notify_all();
     }
 }
 
-/// Links what is in one directory, seals its copy, and gives back the directories found in it.
-fn link_entries(Task { from, to }: &Task) -> Result<Vec<Task>, ViewError> {
+/// Links what is in one directory and seals its copy. Gives back the directories found in it, and how many files were
+/// copied.
+fn link_entries(Task { from, to }: &Task) -> Result<(Vec<Task>, u64), ViewError> {
     let (source, target) = (open_dir(from)?, open_dir(to)?);
-    let mut found = Vec::new();
+    let (mut found, mut copied) = (Vec::new(), 0);
     for entry in Dir::read_from(&source).map_err(PathError::on("read", from))? {
         let entry = entry.map_err(PathError::on("read", from))?;
         let name: &CStr = entry.file_name();
@@ -103,15 +128,50 @@ fn link_entries(Task { from, to }: &Task) -> Result<Vec<Task>, ViewError> {
             make_dir(&to)?;
             found.push(Task { from, to });
         } else {
-            // Without AT_SYMLINK_FOLLOW a symlink is linked as itself, time and all.
-            rustix::fs::linkat(&source, name, &target, name, AtFlags::empty())
-                .map_err(PathError::on("link", &beside(to, name)))?;
+            let entry = Entry { source: &source, from, target: &target, to, name };
+            copied += u64::from(entry.link()?);
         }
     }
     rustix::fs::fchmod(&target, Mode::from_raw_mode(0o555))
         .and_then(|()| rustix::fs::futimens(&target, &STORE_TIME))
         .map_err(PathError::on("seal", to))?;
-    Ok(found)
+    Ok((found, copied))
+}
+
+impl Entry<'_> {
+    /// Links it, or copies it if that cannot be. Says whether it did.
+    fn link(&self) -> Result<bool, ViewError> {
+        // Without AT_SYMLINK_FOLLOW a symlink is linked as itself, time and all.
+        match rustix::fs::linkat(self.source, self.name, self.target, self.name, AtFlags::empty()) {
+            Ok(()) => Ok(false),
+            Err(Errno::MLINK) => {
+                self.copy().map_err(PathError::on("copy to", &beside(self.to, self.name)))?;
+                Ok(true)
+            }
+            Err(Errno::XDEV) => {
+                Err(ViewError::OtherFilesystem { from: self.from.into(), to: self.to.into() })
+            }
+            Err(error) => Err(PathError::on("link", &beside(self.to, self.name))(error).into()),
+        }
+    }
+
+    /// Makes a file or symlink of its own that is the same.
+    fn copy(&self) -> io::Result<()> {
+        let stat = rustix::fs::statat(self.source, self.name, AtFlags::SYMLINK_NOFOLLOW)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
+            let target = rustix::fs::readlinkat(self.source, self.name, Vec::new())?;
+            rustix::fs::symlinkat(target, self.target, self.name)?;
+            let no_follow = AtFlags::SYMLINK_NOFOLLOW;
+            return Ok(rustix::fs::utimensat(self.target, self.name, &STORE_TIME, no_follow)?);
+        }
+        let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let from = rustix::fs::openat(self.source, self.name, flags | OFlags::RDONLY, Mode::empty())?;
+        let new = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let mode = Mode::from_raw_mode(stat.st_mode & 0o555);
+        let mut to = File::from(rustix::fs::openat(self.target, self.name, new, mode)?);
+        io::copy(&mut File::from(from), &mut to)?;
+        Ok(rustix::fs::futimens(&to, &STORE_TIME)?)
+    }
 }
 
 fn beside(dir: &Path, name: &CStr) -> PathBuf {

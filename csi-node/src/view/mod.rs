@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use nix_csi_store::StorePath;
 
 pub use entry::EntryError;
+pub(crate) use profile::Collisions;
 pub use spec::{ViewId, ViewSpec};
 
 use crate::fault;
@@ -39,6 +40,18 @@ pub enum ViewError {
     /// A system call failed.
     #[error(transparent)]
     Io(#[from] PathError),
+    /// No file of one place can be linked to the other.
+    #[error(
+        "cannot link from {} to {}: both must be in one mount of one filesystem, and something is mounted over \
+         one of them; mount the whole directory once and nothing below it",
+        from.display(), to.display()
+    )]
+    OtherFilesystem {
+        /// In the node store.
+        from: PathBuf,
+        /// In the view.
+        to: PathBuf,
+    },
     /// The database of the closure.
     #[error("the database for the view")]
     Database(#[source] DatabaseError),
@@ -58,30 +71,51 @@ pub(crate) fn is_retired(name: &str) -> bool {
     name.contains(RETIRED)
 }
 
+/// A view, and what there is to say about how it was built.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Built {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Files of which there can be no more links.
+    pub(crate) copied: u64,
+    /// Files of the profile that several packages have.
+    pub(crate) collisions: Collisions,
+}
+
 /// Builds the view of `spec` over `closure`, unless it is there.
 ///
 /// Somebody must keep `closure` from collectors until this returns; from then on the view does.
 pub fn build(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath]) -> Result<PathBuf, ViewError> {
+    build_and_tell(store, spec, closure).map(|built| built.path)
+}
+
+/// The same, with what there is to say. Nothing, if the view was there.
+pub(crate) fn build_and_tell(
+    store: &NodeStore,
+    spec: &ViewSpec,
+    closure: &[StorePath],
+) -> Result<Built, ViewError> {
     let id = spec.id();
     if let Some(path) = find(store, &id) {
-        return Ok(path);
+        return Ok(Built { path, ..Built::default() });
     }
     let views = store.layout().views();
     let beside = views.join(format!(".{}-{}", id.as_str(), store.fresh_name()));
     let path = views.join(id.as_str());
-    let built = build_at(store, spec, closure, &beside).and_then(|()| match fs::rename(&beside, &path) {
+    let built = build_at(store, spec, closure, &beside).and_then(|built| match fs::rename(&beside, &path) {
         Err(source) if !path.is_dir() => Err(PathError::on("move into place", &path)(source).into()),
         // Another process may have been faster: then ours is cleared away below.
-        _ => Ok(()),
+        _ => Ok(built),
     });
     fault::point("view.placed");
-    if beside.exists() {
-        let _ = store.discard(&beside);
+    // From where nothing can be linked, nothing can be renamed either.
+    if beside.exists() && store.discard(&beside).is_err() {
+        let _ = fs::remove_dir_all(&beside);
     }
     if built.is_err() && find(store, &id).is_none() {
         let _ = store.remove_roots(id.as_str());
     }
-    built.map(|()| path)
+    built.map(|built| Built { path, ..built })
 }
 
 /// Retires every view that shows `path`: it stays for the volumes that have it mounted, and is not found any more.
@@ -100,17 +134,22 @@ pub fn retire(store: &NodeStore, path: &StorePath) -> std::io::Result<Vec<String
     Ok(retired)
 }
 
-fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path) -> Result<(), ViewError> {
+fn build_at(
+    store: &NodeStore,
+    spec: &ViewSpec,
+    closure: &[StorePath],
+    at: &Path,
+) -> Result<Built, ViewError> {
     store.add_roots(spec.id().as_str(), &spec.packages).map_err(PathError::on("write the roots of", at))?;
     fault::point("view.rooted");
     for dir in [at.to_owned(), at.join("store"), at.join("var"), at.join("var/entry")] {
         fs::create_dir(&dir).map_err(PathError::on("create", &dir))?;
     }
     symlink(".", at.join("nix")).map_err(PathError::on("link", &at.join("nix")))?;
-    link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
+    let copied = link::link_paths(&store.layout().store_dir(), &at.join("store"), closure)?;
     fault::point("view.linked");
     let inside = inside::Inside::new(store.layout(), closure)?;
-    profile::build(&inside, &spec.packages, &at.join("var/result"))?;
+    let collisions = profile::build(&inside, &spec.packages, &at.join("var/result"))?;
     if database::is_wanted(store, spec.database, closure) {
         database::write(store, closure, at)?;
     }
@@ -120,5 +159,5 @@ fn build_at(store: &NodeStore, spec: &ViewSpec, closure: &[StorePath], at: &Path
         symlink(program, &link).map_err(PathError::on("link", &link))?;
     }
     fault::point("view.filled");
-    Ok(())
+    Ok(Built { path: at.to_owned(), copied, collisions })
 }
