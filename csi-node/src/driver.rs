@@ -12,8 +12,10 @@ use crate::config::Config;
 use crate::gc::{CollectError, Collection, Collector, Limits};
 use crate::kubernetes::Kubernetes;
 use crate::metrics::{Metrics, State};
+use crate::mount;
 use crate::ops::Operations;
 use crate::publish::PublishError;
+use crate::stats::ViewSizes;
 use crate::store::{NodeStore, RegisterError};
 use crate::substituter::{self, BinaryCache, FetchError, Fetches, Substituter, Trust};
 use crate::tenancy::Tenants;
@@ -59,6 +61,7 @@ pub struct Driver {
     pub(crate) usage: Usage,
     pub(crate) collector: Collector,
     pub(crate) metrics: Metrics,
+    pub(crate) view_sizes: ViewSizes,
     /// Whether the store's filesystem enforces what a volume may write.
     pub(crate) has_quotas: bool,
     pub(crate) ops: Operations,
@@ -87,6 +90,7 @@ impl Driver {
             usage,
             collector,
             metrics: Metrics::new(),
+            view_sizes: ViewSizes::default(),
             ops: Operations::default(),
             building: Arc::default(),
             verifying: Arc::default(),

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use nix_csi_proto::csi::node_server::Node;
+use nix_csi_proto::csi::node_service_capability::{self, Rpc, rpc};
 use nix_csi_proto::csi::{
     NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
-    NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse,
+    NodePublishVolumeResponse, NodeServiceCapability, NodeUnpublishVolumeRequest,
+    NodeUnpublishVolumeResponse,
 };
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
@@ -14,7 +16,8 @@ use tracing::Instrument as _;
 
 use crate::driver::Driver;
 use crate::publish::{PublishError, chain};
-use crate::request::{PublishRequest, UnpublishRequest};
+use crate::request::{PublishRequest, StatsRequest, UnpublishRequest};
+use crate::stats::StatsError;
 
 #[tonic::async_trait]
 impl Node for Driver {
@@ -68,17 +71,26 @@ impl Node for Driver {
 
     async fn node_get_volume_stats(
         &self,
-        _: Request<NodeGetVolumeStatsRequest>,
+        request: Request<NodeGetVolumeStatsRequest>,
     ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
-        // Not among the capabilities, so nobody who reads them asks.
-        Err(Status::unimplemented("this driver does not report volume statistics"))
+        let request = StatsRequest::parse(request.get_ref()).map_err(|error| status(&error.into()))?;
+        let this = self.clone();
+        let measured = tokio::task::spawn_blocking(move || this.stats(&request)).await;
+        let stats = measured.unwrap_or(Err(StatsError::Stopping));
+        self.metrics.ended("stats", stats.as_ref().err().map_or(Code::Ok, StatsError::code));
+        // Kubelet asks each minute: what is not there any more is no news.
+        stats.map(Response::new).map_err(|error| Status::new(error.code(), chain(&error)))
     }
 
     async fn node_get_capabilities(
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
-        Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: Vec::new() }))
+        let capabilities = [rpc::Type::GetVolumeStats, rpc::Type::VolumeCondition].map(|of| {
+            let of = node_service_capability::Type::Rpc(Rpc { r#type: of.into() });
+            NodeServiceCapability { r#type: Some(of) }
+        });
+        Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: capabilities.into() }))
     }
 
     async fn node_get_info(

@@ -77,6 +77,26 @@ pub struct UnpublishRequest {
     pub target: PathBuf,
 }
 
+/// A checked NodeGetVolumeStatsRequest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatsRequest {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Where it should be mounted. Only compared, so any text will do.
+    pub path: String,
+}
+
+impl StatsRequest {
+    /// Checks a request.
+    pub fn parse(request: &csi::NodeGetVolumeStatsRequest) -> Result<Self, RequestError> {
+        let path = request.volume_path.clone();
+        if path.is_empty() {
+            return Err(RequestError::Missing("volume path"));
+        }
+        Ok(Self { volume: volume_id(&request.volume_id)?, path })
+    }
+}
+
 impl PublishRequest {
     /// Checks a request to a node of `system` whose kubelet keeps its pods in `kubelet_dir`.
     pub fn parse(

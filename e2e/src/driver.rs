@@ -14,7 +14,11 @@ use nix_csi_node::{
 };
 use nix_csi_proto::System;
 use nix_csi_proto::csi::node_client::NodeClient;
-use nix_csi_proto::csi::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability};
+use nix_csi_proto::csi::volume_usage::Unit;
+use nix_csi_proto::csi::{
+    NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
+    VolumeUsage,
+};
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -282,6 +286,20 @@ impl TestNode {
         ensure!(mounts_below(&self.target(&volume.pod))?.is_empty(), "it is mounted");
         ensure!(!self.target(&volume.pod).exists(), "its target was made");
         Ok(status)
+    }
+
+    /// What the driver says of the volume of a pod: bytes, inodes, and its condition if it is not well.
+    pub async fn stats(&self, pod: &str) -> Result<(VolumeUsage, VolumeUsage, Option<String>)> {
+        let request = NodeGetVolumeStatsRequest {
+            volume_id: format!("csi-{pod}"),
+            volume_path: self.target(pod).display().to_string(),
+            ..Default::default()
+        };
+        let stats = self.client()?.node_get_volume_stats(request).await?.into_inner();
+        let of = |unit: Unit| stats.usage.iter().find(|usage| usage.unit() == unit).copied();
+        let condition = stats.volume_condition.context("a condition")?;
+        let bytes = of(Unit::Bytes).context("bytes")?;
+        Ok((bytes, of(Unit::Inodes).context("inodes")?, condition.abnormal.then_some(condition.message)))
     }
 
     /// Unpublishes the volume of a pod.

@@ -14,6 +14,7 @@ pub mod nar_cache;
 pub mod nix;
 pub mod process;
 mod refusal;
+mod sanity;
 pub mod small_fs;
 mod tls_server;
 pub mod tree;
@@ -28,6 +29,7 @@ pub use fault::{Fault, FaultProxy};
 pub use fixtures::{Fixture, Fixtures};
 pub use http::StaticServer;
 pub use refusal::{chain, refusal};
+pub use sanity::StandIn;
 pub use tls_server::{Asked, Authority, Ending, Identity, TlsServer};
 
 /// The `nix-csi-node` that was built beside the test that asks.

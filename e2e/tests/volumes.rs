@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -239,5 +240,91 @@ async fn volumes_of_other_projects_are_served(#[case] key: &str, #[case] json: b
             assert_eq!(fs::read_link(nix.join("var/result/bin/jq"))?, Path::new(&jq).join("bin/jq"));
         }
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_says_how_much_it_holds() -> Result<()> {
+    let setup = Setup::new().await?;
+    let hello = Volume::new("shop", "reader", &setup.path("hello").to_string());
+    let of = |pod: &str| Volume { pod: pod.into(), ..hello.clone() };
+    let limited = of("limited").read_write().attribute("sizeLimit", "8Mi").attribute("medium", "Memory");
+    for volume in [of("reader"), of("writer").read_write(), limited] {
+        setup.node.publish(&volume).await??;
+    }
+    // The view: as large as the closure, and as full as it will ever be.
+    let (bytes, inodes, condition) = setup.node.stats("reader").await?;
+    let (size, entries) = measured(&setup.node.target("reader"))?;
+    assert_eq!((bytes.used, bytes.total, bytes.available), (size, size, 0));
+    assert_eq!((inodes.used, inodes.total, inodes.available), (entries, entries, 0));
+    assert_eq!(condition, None);
+
+    // What the pod wrote, on a disk that it shares.
+    let (before, before_inodes, _) = setup.node.stats("writer").await?;
+    fs::write(setup.node.target("writer").join("store/note"), vec![1; 1 << 20])?;
+    let (after, after_inodes, condition) = setup.node.stats("writer").await?;
+    assert!((1 << 20..2 << 20).contains(&(after.used - before.used)), "{before:?} {after:?}");
+    assert_eq!(after_inodes.used - before_inodes.used, 2, "the directory was copied up");
+    let disk = rustix::fs::statvfs(setup.node.root())?;
+    assert_eq!(u64::try_from(after.total)?, disk.f_blocks * disk.f_frsize);
+    assert_eq!(condition, None);
+
+    // With a limit of its own.
+    fs::write(setup.node.target("limited").join("store/note"), vec![1; 1 << 20])?;
+    let (bytes, inodes, _) = setup.node.stats("limited").await?;
+    assert_eq!((bytes.total, inodes.total), (8 << 20, 2048));
+    assert!((1 << 20..2 << 20).contains(&bytes.used), "{bytes:?}");
+    assert_eq!(bytes.available, bytes.total - bytes.used);
+
+    for (pod, path) in
+        [("reader", "/elsewhere".to_owned()), ("never-was", setup.node.target("x").display().to_string())]
+    {
+        let request = nix_csi_proto::csi::NodeGetVolumeStatsRequest {
+            volume_id: format!("csi-{pod}"),
+            volume_path: path,
+            ..Default::default()
+        };
+        let said = setup.node.client()?.node_get_volume_stats(request).await.unwrap_err();
+        assert_eq!(said.code(), Code::NotFound, "{said}");
+    }
+    Ok(())
+}
+
+/// What `du` says of a directory without itself: bytes of blocks, and entries.
+fn measured(dir: &Path) -> Result<(i64, i64)> {
+    let (mut bytes, mut entries) = (0, 0);
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        (bytes, entries) = (bytes + i64::try_from(meta.blocks())? * 512, entries + 1);
+        if meta.is_dir() {
+            let (below, number) = measured(&entry.path())?;
+            (bytes, entries) = (bytes + below, entries + number);
+        }
+    }
+    Ok((bytes, entries))
+}
+
+/// A view whose files were found damaged is built anew, and whoever has the old one is told so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_shows_damaged_files_says_so() -> Result<()> {
+    let setup = Setup::new().await?;
+    let hello = setup.path("hello");
+    for pod in ["reader", "writer"] {
+        let volume = Volume { readonly: pod == "reader", ..Volume::new("shop", pod, &hello.to_string()) };
+        setup.node.publish(&volume).await??;
+    }
+    // As a repair does.
+    let views = setup.node.root().join("views");
+    let id = setup.node.record("reader")?.view;
+    fs::rename(views.join(&id), views.join(format!("{id}.retired-1")))?;
+    for pod in ["reader", "writer"] {
+        let condition = setup.node.stats(pod).await?.2.unwrap_or_default();
+        assert!(condition.contains("delete the pod"), "{pod}: {condition:?}");
+    }
+    // The next pod has a good one, and the old one still knows that it is not its.
+    setup.node.publish(&Volume::new("shop", "next", &hello.to_string())).await??;
+    assert_eq!(setup.node.stats("next").await?.2, None);
+    assert!(setup.node.stats("reader").await?.2.is_some());
     Ok(())
 }
