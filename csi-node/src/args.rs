@@ -99,6 +99,9 @@ struct Serve {
     /// Where to tell metrics and whether the driver works, over HTTP, as `[::]:9808`.
     #[arg(long)]
     http_address: Option<SocketAddr>,
+    /// Take the taint nix.lillecarl.com/agent-not-ready off the node when kubelet has registered the driver.
+    #[arg(long)]
+    remove_startup_taint: bool,
     /// Seconds a call waits for a fetch. Kubelet gives a call 120.
     #[arg(long, default_value_t = 110)]
     patience: u64,
@@ -313,6 +316,7 @@ async fn serve_driver(root: &Path, config: &Config, options: Serve) -> anyhow::R
             kubernetes,
             limits: config.limits,
             max_size_limit: config.max_size_limit,
+            remove_startup_taint: options.remove_startup_taint,
         },
     );
     let recovering = driver.clone();

@@ -39,6 +39,8 @@ pub struct DriverOptions {
     pub limits: Limits,
     /// The most that a read-write volume may ask for. With it each of them must ask.
     pub max_size_limit: Option<u64>,
+    /// Whether to take the startup taint off the node when kubelet knows the driver.
+    pub remove_startup_taint: bool,
 }
 
 /// How often what was registered is synced.
@@ -105,8 +107,16 @@ impl Driver {
         Ok(())
     }
 
+    /// Kubelet knows the driver: pods that need it may come. To be called in a runtime.
+    pub(crate) fn registered(&self) {
+        if self.options.remove_startup_taint {
+            let kubernetes = self.options.kubernetes.clone();
+            tokio::spawn(async move { kubernetes.untaint().await });
+        }
+    }
+
     /// What is counted, with what is looked up now.
-    pub(crate) fn metrics_text(&self) -> String {
+    pub fn metrics_text(&self) -> String {
         let (free_bytes, free_inodes) = self.collector.free().unwrap_or_default();
         let substituter = self.fetches.substituter(None);
         self.metrics.text(&State {

@@ -5,10 +5,12 @@ use std::future::{Future, pending};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::Request;
 use k8s_openapi::api::core::v1;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use kube::api::{Api, Patch, PatchParams};
+use nix_csi_proto::annotations::STARTUP_TAINT;
 use serde_json::json;
 use tokio::sync::Semaphore;
 
@@ -18,6 +20,8 @@ use crate::volume::Pod;
 const LOOKED: Duration = Duration::from_secs(5);
 /// How long an answer may take.
 const ANSWERED: Duration = Duration::from_secs(5);
+/// The most between two tries to change the node.
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// Events on their way at the same time. More are dropped: they are a convenience, and the server has other work.
 const EVENTS: usize = 16;
 
@@ -86,6 +90,29 @@ impl Kubernetes {
         }
     }
 
+    /// Takes the startup taint off this node. Ends when it is off; a server that does not answer is asked again.
+    pub(crate) async fn untaint(&self) {
+        let Some(server) = &self.0 else { return };
+        let mut pause = Duration::from_secs(1);
+        loop {
+            match answered(server.untaint()).await {
+                Ok(true) => tracing::info!(taint = STARTUP_TAINT, "took the startup taint off this node"),
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        error,
+                        taint = STARTUP_TAINT,
+                        "cannot take the startup taint off this node"
+                    );
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    continue;
+                }
+            }
+            return;
+        }
+    }
+
     /// Puts an event on a pod, some time.
     pub(crate) fn tell(&self, pod: &Pod, event: Event) {
         let Some(server) = self.0.clone() else { return };
@@ -116,6 +143,23 @@ impl Kubernetes {
 }
 
 impl Server {
+    /// Whether there was one to take off.
+    async fn untaint(&self) -> Result<bool, kube::Error> {
+        let node = Api::<v1::Node>::all(self.client.clone()).get(&self.node).await?;
+        let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
+        let patch = untaint_patch(taints.iter().map(|taint| taint.key.as_str()));
+        if patch.is_empty() {
+            return Ok(false);
+        }
+        let at = format!("/api/v1/nodes/{}?fieldManager={MANAGER}", self.node);
+        let request = Request::patch(at)
+            .header("content-type", "application/json-patch+json")
+            .body(json!(patch).to_string().into_bytes())
+            .map_err(kube::Error::HttpError)?;
+        self.client.request::<serde_json::Value>(request).await?;
+        Ok(true)
+    }
+
     async fn is_there(&self, pod: &Pod) -> Result<bool, kube::Error> {
         let found = Api::<v1::Pod>::namespaced(self.client.clone(), &pod.namespace);
         let found = found.get_metadata_opt(&pod.name).await?;
@@ -148,6 +192,23 @@ impl Server {
     }
 }
 
+/// The JSON patch that takes the startup taint out of a list with these keys. It fails where the list is another one by
+/// then.
+fn untaint_patch<'a>(
+    keys: impl ExactSizeIterator<Item = &'a str> + DoubleEndedIterator,
+) -> Vec<serde_json::Value> {
+    let found = keys.enumerate().rev().filter(|(_, key)| *key == STARTUP_TAINT);
+    // From the end, so that no number changes.
+    let steps = found.flat_map(|(n, key)| {
+        let at = format!("/spec/taints/{n}");
+        [
+            json!({"op": "test", "path": format!("{at}/key"), "value": key}),
+            json!({"op": "remove", "path": at}),
+        ]
+    });
+    steps.collect()
+}
+
 async fn answered<T>(question: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
     match tokio::time::timeout(ANSWERED, question).await {
         Ok(answer) => answer.map_err(|error| error.to_string()),
@@ -170,6 +231,22 @@ fn shortened(message: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_startup_taint_is_taken_off() {
+        assert_eq!(
+            untaint_patch(["node.kubernetes.io/not-ready"].into_iter()),
+            Vec::<serde_json::Value>::new()
+        );
+        let patch = untaint_patch([STARTUP_TAINT, "other", STARTUP_TAINT].into_iter());
+        let expected = json!([
+            {"op": "test", "path": "/spec/taints/2/key", "value": STARTUP_TAINT},
+            {"op": "remove", "path": "/spec/taints/2"},
+            {"op": "test", "path": "/spec/taints/0/key", "value": STARTUP_TAINT},
+            {"op": "remove", "path": "/spec/taints/0"},
+        ]);
+        assert_eq!(json!(patch), expected);
+    }
 
     #[test]
     fn the_name_of_an_event_is_one_of_an_object() {

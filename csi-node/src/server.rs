@@ -87,6 +87,7 @@ pub async fn serve(
         registered: sockets.registration.as_ref().map(|_| is_known),
         asked: Arc::new(Semaphore::new(2)),
     };
+    let registered_driver = driver.clone();
     let http = async {
         let Some(address) = sockets.http else { return std::future::pending().await };
         match http::serve(address, observed).await {
@@ -127,6 +128,7 @@ pub async fn serve(
             match status.borrow_and_update().clone() {
                 Some(Ok(())) => {
                     known.send_replace(true);
+                    registered_driver.registered();
                     tracing::info!("registered with kubelet");
                 }
                 // Ending is how the next try comes about: it makes a new socket for kubelet to find.

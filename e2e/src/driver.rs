@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use hyper_util::rt::TokioIo;
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, RootLock};
+use nix_csi_node::volume::Record;
 use nix_csi_node::{
     Driver, DriverOptions, Kubernetes, Limits, ServeError, Sockets, serve, start_substituter,
 };
@@ -180,6 +181,7 @@ impl TestNode {
             kubernetes: self.kubernetes.clone(),
             limits: config.limits,
             max_size_limit: config.max_size_limit,
+            remove_startup_taint: false,
         };
         let driver = Driver::new(store, substituter, options);
         driver.recover()?;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix_csi_e2e::driver::{channel, mounts_below};
-use nix_csi_e2e::{Fixtures, StandIn, StaticServer, nix, node_program, tree};
+use nix_csi_e2e::driver::{NODE, channel, mounts_below};
+use nix_csi_e2e::{ApiServer, Fixtures, StandIn, StaticServer, nix, node_program, tree};
 use nix_csi_node::config::Config;
 use nix_csi_node::store::{NodeStore, RootLock};
 use nix_csi_node::{Driver, DriverOptions, Kubernetes, Limits, Sockets, serve, start_substituter};
@@ -33,6 +33,7 @@ struct Setup {
     fixtures: Fixtures,
     dir: TempDir,
     server: StaticServer,
+    api: ApiServer,
     sockets: Sockets,
     node: NodeClient<Channel>,
     stop: Option<oneshot::Sender<()>>,
@@ -48,6 +49,7 @@ impl Setup {
         let root = dir.path().join("root");
         let pods = dir.path().join("pods");
         fs::create_dir(&pods)?;
+        let api = ApiServer::start()?;
         let server = StaticServer::start(&fixtures.cache("zstd"))?;
         let lock = RootLock::acquire(&root, "the driver of a test")?;
         let store = Arc::new(NodeStore::open(&root)?);
@@ -64,13 +66,14 @@ impl Setup {
             store,
             substituter,
             DriverOptions {
-                node_name: "node-under-test".into(),
+                node_name: NODE.into(),
                 system: System::X86_64Linux,
                 pods_dir: pods,
                 patience: Duration::from_mins(5),
                 limits: Limits { min_free: Some(0), max_free: None },
                 max_size_limit: None,
-                kubernetes: Kubernetes::default(),
+                remove_startup_taint: true,
+                kubernetes: Kubernetes::at(&api.url(), NODE)?,
             },
         );
         // Free a moment ago.
@@ -102,6 +105,7 @@ impl Setup {
             fixtures,
             dir,
             server,
+            api,
             sockets,
             node,
             stop: Some(stop),
@@ -438,6 +442,32 @@ async fn kubelet_is_told_who_this_is() -> Result<()> {
     setup.stop.take().context("once")?.send(()).ok();
     tokio::time::timeout(Duration::from_mins(1), setup.serving.take().context("once")?).await???;
     assert!(!setup.sockets.csi.exists() && !registration.exists());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_startup_taint_goes_when_kubelet_knows_the_driver() -> Result<()> {
+    let setup = Setup::new().await?;
+    let at = format!("/api/v1/nodes/{NODE}");
+    let taint = |key: &str| serde_json::json!({"key": key, "effect": "NoSchedule"});
+    let (ours, others) = (taint("nix.lillecarl.com/agent-not-ready"), taint("example.com/other"));
+    let node = |taints: &[&serde_json::Value]| {
+        serde_json::json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}, "spec": {"taints": taints},
+        })
+    };
+    setup.api.put(&at, node(&[&others, &ours, &others]));
+    let registration = setup.sockets.registration.as_ref().context("a registration socket")?;
+    let mut kubelet = RegistrationClient::new(channel(registration).await?);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(setup.api.get(&at), Some(node(&[&others, &ours, &others])), "nobody has registered it yet");
+    let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
+    kubelet.notify_registration_status(registered).await?;
+    let start = Instant::now();
+    while setup.api.get(&at) != Some(node(&[&others, &others])) {
+        ensure!(start.elapsed() < Duration::from_secs(30), "{:?}", setup.api.get(&at));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     Ok(())
 }
 

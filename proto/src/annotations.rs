@@ -24,6 +24,8 @@ pub const SIZE_LIMIT: &str = "nix.lillecarl.com/size-limit";
 pub const FARM: &str = "nix.lillecarl.com/farm";
 /// `enabled` or `disabled`: on a Namespace as label, elsewhere as annotation.
 pub const INJECT: &str = "nix.lillecarl.com/inject";
+/// A taint, not an annotation: on a node until its driver is registered.
+pub const STARTUP_TAINT: &str = "nix.lillecarl.com/agent-not-ready";
 /// Written by the webhook: what it did. A record, never a permission.
 pub const STATUS: &str = "nix.lillecarl.com/status";
 
