@@ -5,7 +5,7 @@ use nix_csi_proto::annotations::STATUS;
 use nix_csi_proto::volume::RESULT;
 use serde_json::{Map, Value, json};
 
-use crate::decide::{ContainerPlan, Plan, VolumePlan};
+use crate::plan::{ContainerPlan, Plan, VolumePlan};
 use crate::status::{is_at_nix, is_ours};
 
 /// What a container finds when it sets no `PATH` of its own: ours, then what images commonly have.

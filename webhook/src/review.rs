@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::decide::{Decision, Policy, decide};
 use crate::inject::inject;
+use crate::origin::Origin;
 
 /// Longer warnings may be cut by the API server.
 const MAX_WARNING: usize = 250;
@@ -61,7 +62,7 @@ fn answer(reviewer: &Reviewer, request: &AdmissionRequest<DynamicObject>) -> Adm
         pod.name = object.metadata.name.as_deref().or(object.metadata.generate_name.as_deref()),
     );
     let _entered = span.enter();
-    match decide(&pod, &reviewer.policy) {
+    match decide(&pod, &Origin::default(), &reviewer.policy) {
         Ok(Decision::Leave { reason, warnings }) => {
             tracing::debug!(reason, "left alone");
             with_warnings(audited(response, reason), warnings)

@@ -46,13 +46,6 @@ pub enum WishError {
         /// The second place.
         key: String,
     },
-    /// A limit of nothing.
-    #[error(
-        "annotation {} limits what a pod may write, so it needs {}: rw; remove it, or say that",
-        annotations::SIZE_LIMIT,
-        annotations::MODE
-    )]
-    LimitOfReadOnly,
 }
 
 /// Which containers.
@@ -75,6 +68,15 @@ pub enum Image {
     Own(String),
 }
 
+/// Whether a pod may write below `/nix`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// It may not.
+    ReadOnly,
+    /// It may, and nobody else sees it.
+    ReadWrite,
+}
+
 /// What a container without a command runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
@@ -84,11 +86,11 @@ pub enum Command {
     Exact(Vec<String>),
 }
 
-/// What the annotations of a pod say.
+/// What the annotations of an object say, or those of several together.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Wish {
-    /// `inject: disabled`: nothing else counts.
-    pub disabled: bool,
+    /// `inject`, if it says so. If it is false, nothing else counts, and nothing else was read.
+    pub inject: Option<bool>,
     /// For containers without a list of their own.
     pub packages: Option<References>,
     /// By container.
@@ -101,14 +103,14 @@ pub struct Wish {
     pub command: Option<Command>,
     /// By container.
     pub command_of: BTreeMap<String, Command>,
-    /// Whether the pod may write below `/nix`.
-    pub read_write: bool,
-    /// How much it may write, as it was written.
-    pub size_limit: Option<String>,
+    /// Whether the pod may or may not write below `/nix`, if it says so.
+    pub mode: Option<Mode>,
     /// The Secret that kubelet hands to the node, with credentials for caches.
     pub cache_secret: Option<String>,
-    /// Whether something asks for what this version cannot do, but can be done without.
-    pub farm: bool,
+    /// Whether store paths are to be found in the pod's text, if it says so.
+    pub farm: Option<bool>,
+    /// How much it may write, as it was written.
+    pub size_limit: Option<String>,
 }
 
 impl Wish {
@@ -118,7 +120,7 @@ impl Wish {
         let all: Vec<_> = all.into_iter().collect();
         // Whoever wants nothing need not get the rest right.
         if all.iter().any(|(key, value)| *key == annotations::INJECT && switch(value) == Some(false)) {
-            wish.disabled = true;
+            wish.inject = Some(false);
             return Ok(wish);
         }
         for (key, value) in all {
@@ -148,9 +150,9 @@ impl Wish {
                     wish.command_of.insert(container.to_owned(), command);
                 }
                 Some(Key::Mode) => {
-                    wish.read_write = match value.trim() {
-                        "ro" => false,
-                        "rw" => true,
+                    wish.mode = match value.trim() {
+                        "ro" => Some(Mode::ReadOnly),
+                        "rw" => Some(Mode::ReadWrite),
                         _ => return Err(bad("ro or rw")),
                     }
                 }
@@ -164,14 +166,65 @@ impl Wish {
                     parse_quantity(limit).ok_or_else(|| bad("a quantity like 500Mi"))?;
                     wish.size_limit = Some(limit.to_owned());
                 }
-                Some(Key::Farm) => wish.farm = switch(value).ok_or_else(|| bad(SWITCH))?,
-                Some(Key::Inject) => drop(switch(value).ok_or_else(|| bad(SWITCH))?),
+                Some(Key::Farm) => wish.farm = Some(switch(value).ok_or_else(|| bad(SWITCH))?),
+                Some(Key::Inject) => wish.inject = Some(switch(value).ok_or_else(|| bad(SWITCH))?),
             }
         }
-        if wish.size_limit.is_some() && !wish.read_write && wish.wants_packages() {
-            return Err(WishError::LimitOfReadOnly);
-        }
         Ok(wish)
+    }
+
+    /// What this says, and where it says nothing, what `farther` says. Packages are never put together of two.
+    #[must_use]
+    pub fn or(self, farther: Self) -> Self {
+        let (packages, packages_of) = if self.wants_packages() {
+            (self.packages, self.packages_of)
+        } else {
+            (farther.packages, farther.packages_of)
+        };
+        let mut command_of = farther.command_of;
+        command_of.extend(self.command_of);
+        Self {
+            inject: self.inject.or(farther.inject),
+            packages,
+            packages_of,
+            containers: self.containers.or(farther.containers),
+            image: self.image.or(farther.image),
+            command: self.command.or(farther.command),
+            command_of,
+            mode: self.mode.or(farther.mode),
+            cache_secret: self.cache_secret.or(farther.cache_secret),
+            farm: self.farm.or(farther.farm),
+            size_limit: self.size_limit.or(farther.size_limit),
+        }
+    }
+
+    /// Every container that is named, with the annotation that does it.
+    pub fn named(&self) -> impl Iterator<Item = (String, &str)> {
+        let selected = match &self.containers {
+            Some(Selection::Named(names)) => names.as_slice(),
+            Some(Selection::All) | None => &[],
+        };
+        let of = |key: &'static str| move |name: &String| format!("{key}.{name}");
+        let selected = selected.iter().map(|name| (annotations::CONTAINERS.to_owned(), name.as_str()));
+        let packages =
+            self.packages_of.keys().map(move |name| (of(annotations::PACKAGES)(name), name.as_str()));
+        let commands =
+            self.command_of.keys().map(move |name| (of(annotations::COMMAND)(name), name.as_str()));
+        selected.chain(packages).chain(commands)
+    }
+
+    /// Forgets what it says about other containers.
+    pub fn keep_containers(&mut self, keep: impl Fn(&str) -> bool) {
+        if let Some(Selection::Named(names)) = &mut self.containers {
+            names.retain(|name| keep(name));
+        }
+        self.packages_of.retain(|name, _| keep(name));
+        self.command_of.retain(|name, _| keep(name));
+    }
+
+    /// Whether the pod may write below `/nix`.
+    pub fn read_write(&self) -> bool {
+        self.mode == Some(Mode::ReadWrite)
     }
 
     /// Whether there is a list of packages at all.
@@ -283,21 +336,6 @@ mod tests {
         assert!(wish("packages.web", A).unwrap().packages_of.contains_key("web"));
         let object = wish("packages", &format!("{{\"*\": [\"{A}\"], \"a-long-name\": [\"{A}\"]}}")).unwrap();
         assert!(object.packages.is_some() && object.packages_of.contains_key("a-long-name"));
-    }
-
-    #[test]
-    fn a_limit_is_for_what_can_be_written() {
-        let of = |key: &'static str, value| (key, value);
-        let limit = of(annotations::SIZE_LIMIT, " 64Mi ");
-        let packages = of(annotations::PACKAGES, A);
-        let wish = Wish::parse([limit, packages, of(annotations::MODE, "rw")]).unwrap();
-        assert_eq!(wish.size_limit.as_deref(), Some("64Mi"));
-        assert_eq!(
-            Wish::parse([limit, packages]).unwrap_err().to_string(),
-            "annotation nix.lillecarl.com/size-limit limits what a pod may write, so it needs nix.lillecarl.com/mode: rw; remove it, or say that"
-        );
-        // Without packages nothing is injected, and nothing is limited.
-        assert!(Wish::parse([limit]).is_ok());
     }
 
     #[rstest]

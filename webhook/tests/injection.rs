@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use nix_csi_certs::LiveCertificate;
-use nix_csi_webhook::{Decision, Policy, Reviewer, Serving, decide, inject, router};
+use nix_csi_webhook::{Decision, Origin, Policy, Reviewer, Serving, decide, inject, router};
 use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -418,7 +418,7 @@ fn arbitrary_pod() -> impl Strategy<Value = Value> {
 }
 
 fn apply(pod: &Value) -> Value {
-    match decide(pod, &policy()) {
+    match decide(pod, &Origin::default(), &policy()) {
         Ok(Decision::Inject(plan)) => inject(pod, &plan),
         other => panic!("{other:?}"),
     }
@@ -442,6 +442,6 @@ proptest! {
     #[test]
     fn any_annotation_is_an_answer(key in "[a-z.-]{0,20}", value in ".{0,60}") {
         let pod = pod(&json!({format!("nix.lillecarl.com/{key}"): value, "nix.lillecarl.com/packages": HELLO}), &nginx());
-        let _ = decide(&pod, &policy());
+        let _ = decide(&pod, &Origin::default(), &policy());
     }
 }
