@@ -61,8 +61,10 @@ if [[ -n $delete_node_data ]]; then
     delete -n nix-csi daemonset nix-csi-delete-node-data --cascade=foreground --timeout=5m
 fi
 delete csidriver nix-csi.lillecarl.com
-delete clusterrolebinding,clusterrole nix-csi-webhook nix-csi-node nix-csi-node-startup-taint
-delete validatingadmissionpolicybinding,validatingadmissionpolicy nix-csi-node-startup-taint
+delete validatingadmissionpolicybinding,validatingadmissionpolicy nix-csi-owner-annotations nix-csi-node-startup-taint
+delete clusterrolebinding nix-csi-webhook nix-csi-webhook-owners nix-csi-node nix-csi-node-startup-taint
+delete clusterrole nix-csi-webhook nix-csi-webhook-owners nix-csi-webhook-owners-of-kubernetes nix-csi-node \
+    nix-csi-node-startup-taint
 delete namespace nix-csi
 echo "uninstall: nix-csi is off this cluster"
 [[ -n $delete_node_data ]] || echo "uninstall: nodes keep what they fetched in /var/lib/nix-csi"

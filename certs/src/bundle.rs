@@ -89,6 +89,12 @@ impl Bundle {
         Ok([not_after(&self.ca_crt, "ca.crt")?, not_after(&self.tls_crt, "tls.crt")?])
     }
 
+    /// When the serving certificate ends, in seconds since 1970.
+    pub(crate) fn expires(&self) -> Result<u64, BundleError> {
+        let end = not_after(&self.tls_crt, "tls.crt")?.unix_timestamp();
+        Ok(u64::try_from(end).unwrap_or(0))
+    }
+
     /// What must be done about it at `now`, so that it can be served as `names`.
     pub fn due(&self, names: &[String], now: OffsetDateTime) -> Due {
         match self.ends() {

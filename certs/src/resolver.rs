@@ -1,6 +1,7 @@
 //! What rustls serves with: changed by one pointer, without a restart; open connections stay.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 use rustls::ServerConfig;
@@ -12,19 +13,29 @@ use crate::bundle::{Bundle, BundleError};
 
 /// The serving certificate of the moment.
 #[derive(Debug, Default)]
-pub struct LiveCertificate(ArcSwapOption<CertifiedKey>);
+pub struct LiveCertificate {
+    key: ArcSwapOption<CertifiedKey>,
+    /// Seconds since 1970; 0 as long as there is none.
+    expires: AtomicU64,
+}
 
 impl LiveCertificate {
     /// Serves with `bundle` from the next handshake on.
     pub fn set(&self, bundle: &Bundle) -> Result<(), BundleError> {
-        let key = bundle.certified_key()?;
-        self.0.store(Some(Arc::new(key)));
+        let (key, expires) = (bundle.certified_key()?, bundle.expires()?);
+        self.key.store(Some(Arc::new(key)));
+        self.expires.store(expires, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// When the certificate ends, in seconds since 1970.
+    pub fn expires(&self) -> Option<u64> {
+        Some(self.expires.load(Ordering::Relaxed)).filter(|seconds| *seconds > 0)
     }
 
     /// Whether there is a certificate to serve with.
     pub fn is_set(&self) -> bool {
-        self.0.load().is_some()
+        self.key.load().is_some()
     }
 
     /// A TLS server configuration that asks this for its certificate at each handshake.
@@ -41,7 +52,7 @@ impl LiveCertificate {
 
 impl ResolvesServerCert for LiveCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.0.load_full()
+        self.key.load_full()
     }
 }
 
@@ -59,7 +70,11 @@ mod tests {
         mixed.tls_key = other.tls_key;
         assert!(live.set(&mixed).is_err());
         assert!(!live.is_set());
+        assert_eq!(live.expires(), None);
         live.set(&one).unwrap();
         assert!(live.is_set());
+        let in_90_days = OffsetDateTime::now_utc() + time::Duration::days(90);
+        let expires = i64::try_from(live.expires().unwrap()).unwrap();
+        assert!((in_90_days.unix_timestamp() - expires).abs() < 60, "{expires}");
     }
 }

@@ -1,19 +1,28 @@
 //! The command line, and what is started by it.
 
+use std::future::IntoFuture as _;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use nix_csi_certs::{Keeper, LiveCertificate};
+use tokio::net::TcpListener;
 
 use crate::decide::Policy;
+use crate::events::Events;
+use crate::explain::{self, Explain};
+use crate::kinds::OwnerKind;
+use crate::metrics::Metrics;
+use crate::origins::Origins;
 use crate::review::Reviewer;
-use crate::server::{Serving, router};
+use crate::server::{Serving, observed, router};
+use crate::uninjected::watch_out;
 
 /// How long answers may take after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -24,9 +33,21 @@ const LINGER: Duration = Duration::from_secs(5);
 #[derive(Debug, Parser)]
 #[command(version, about)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Where to serve HTTPS.
     #[arg(long, env = "NIX_CSI_LISTEN", default_value = "0.0.0.0:8443")]
     listen: SocketAddr,
+    /// Where to serve metrics and health without TLS; empty: nowhere.
+    #[arg(long, env = "NIX_CSI_HTTP_ADDRESS", default_value = "[::]:9808")]
+    http_address: String,
+    /// Kinds besides those of Kubernetes whose objects own pods and may have annotations, as
+    /// `<group>/<version>/<Kind>:<plural>`; the ServiceAccount must be allowed to read them.
+    #[arg(long, env = "NIX_CSI_OWNER_KINDS", value_delimiter = ',')]
+    owner_kind: Vec<OwnerKind>,
+    /// How often to look for pods that exist without the packages that they are to have, in seconds; 0: never.
+    #[arg(long, env = "NIX_CSI_UNINJECTED_INTERVAL", default_value_t = 600)]
+    uninjected_interval: u64,
     /// The namespace this runs in.
     #[arg(long, env = "POD_NAMESPACE", default_value = "nix-csi")]
     namespace: String,
@@ -42,6 +63,7 @@ pub struct Args {
     /// The image without programs, for containers that may run as root.
     #[arg(
         long,
+        global = true,
         env = "NIX_CSI_DISTROLESS_IMAGE",
         default_value = "gcr.io/distroless/static-debian12:latest"
     )]
@@ -49,14 +71,40 @@ pub struct Args {
     /// The same with a user that is not root.
     #[arg(
         long,
+        global = true,
         env = "NIX_CSI_DISTROLESS_NONROOT_IMAGE",
         default_value = "gcr.io/distroless/static-debian12:nonroot"
     )]
     distroless_nonroot_image: String,
 }
 
-/// Runs the webhook until it is told to end.
+/// What to do instead of serving.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print what would become of the pods of a manifest, without a cluster.
+    Explain(Explain),
+}
+
+impl Args {
+    fn policy(&self) -> Policy {
+        let (distroless, distroless_nonroot) =
+            (self.distroless_image.clone(), self.distroless_nonroot_image.clone());
+        Policy { distroless, distroless_nonroot }
+    }
+
+    fn excluded(&self) -> Vec<String> {
+        vec!["kube-system".to_owned(), self.namespace.clone()]
+    }
+}
+
+/// Runs the webhook until it is told to end, or one command.
 pub fn run(args: Args) -> ExitCode {
+    if let Some(Command::Explain(explain)) = &args.command {
+        return explain::run(explain, &args.policy(), &args.excluded()).unwrap_or_else(|error| {
+            let _ = writeln!(std::io::stderr(), "nix-csi-webhook: {error:#}");
+            ExitCode::from(2)
+        });
+    }
     let filter = tracing_subscriber::EnvFilter::try_from_env("NIX_CSI_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt()
@@ -85,7 +133,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let client = kube::Client::try_default().await.context("cannot find the API server")?;
     let certificate = Arc::new(LiveCertificate::default());
     let keeper = Keeper::new(
-        client,
+        client.clone(),
         &args.namespace,
         &args.service,
         &args.certificate_secret,
@@ -93,15 +141,30 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         Arc::clone(&certificate),
     );
     tokio::spawn(keeper.run());
+    let metrics = Metrics::default();
+    let origins = Origins::new(client.clone(), args.owner_kind.clone(), metrics.clone());
+    origins.follow();
     let reviewer = Reviewer {
-        policy: Policy {
-            distroless: args.distroless_image,
-            distroless_nonroot: args.distroless_nonroot_image,
-        },
-        excluded: vec!["kube-system".to_owned(), args.namespace],
+        policy: args.policy(),
+        excluded: args.excluded(),
+        origins,
+        events: Events::to(client.clone(), metrics.clone()),
+        metrics,
     };
     let tls = RustlsConfig::from_config(Arc::new(certificate.server_config()?));
-    let app = router(Serving { reviewer: Arc::new(reviewer), certificate });
+    let reviewer = Arc::new(reviewer);
+    if args.uninjected_interval > 0 {
+        let every = Duration::from_secs(args.uninjected_interval);
+        tokio::spawn(watch_out(Arc::clone(&reviewer), client, every));
+    }
+    let serving = Serving { reviewer, certificate, since: Instant::now() };
+    if !args.http_address.is_empty() {
+        let listener = TcpListener::bind(&args.http_address)
+            .await
+            .with_context(|| format!("cannot serve on {}", args.http_address))?;
+        tokio::spawn(axum::serve(listener, observed(serving.clone())).into_future());
+    }
+    let app = router(serving);
     let handle = Handle::new();
     tokio::spawn(end_gracefully(handle.clone()));
     tracing::info!(address = %args.listen, "serving");

@@ -4,12 +4,20 @@
 //! review ─▶ wish (what annotations say) ─▶ source (whose word counts) ─▶ decide, planner ─▶ inject ─▶ diff
 //! ```
 //! All of these but the review are pure. **Invariant:** `f(f(pod)) = f(pod)`: API servers ask
-//! again after other webhooks. **Invariant:** a pod without our annotations is answered with no patch.
+//! again after other webhooks. **Invariant:** a pod for which nobody asks is answered with no patch.
 
 mod args;
+mod debug;
 mod decide;
+mod entry;
+mod events;
+mod explain;
+mod index;
 mod inject;
+mod kinds;
+mod metrics;
 mod origin;
+mod origins;
 mod plan;
 mod planner;
 mod review;
@@ -17,14 +25,22 @@ mod server;
 mod sidecars;
 mod source;
 mod status;
+mod uninjected;
 mod wish;
 
 pub use args::{Args, run};
+pub use debug::debug;
 pub use decide::{Decision, Denial, Policy, decide};
+pub use entry::Entry;
+pub use events::{Event, Events, Reason};
+pub use explain::{Explain, Explanation};
 pub use inject::inject;
+pub use kinds::{OwnerKind, ParseOwnerKindError};
+pub use metrics::Metrics;
 pub use origin::{Namespace, ObjectRef, Origin, Owner};
+pub use origins::{OriginError, Origins};
 pub use plan::{ContainerPlan, Plan, VolumePlan};
 pub use review::{Reviewer, review};
-pub use server::{Serving, router};
+pub use server::{Serving, observed, router};
 pub use source::Source;
 pub use wish::{Command, Image, Mode, Selection, Wish, WishError};

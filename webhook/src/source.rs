@@ -116,6 +116,21 @@ pub(crate) fn resolve(
     Ok(Some(together.finish()))
 }
 
+/// Whose packages a pod is to get, as far as metadata say it.
+pub(crate) fn wants(pod: &Value, origin: &Origin) -> Option<Source> {
+    if origin.namespace.as_ref().is_some_and(|namespace| namespace.is_excluded()) {
+        return None;
+    }
+    // Which containers there are is not known: nothing that is said about one is wrong, and none is chosen by it.
+    resolve(pod, origin, None).ok().flatten().and_then(|wished| wished.source)
+}
+
+/// Whether the pod's own annotations say it all, so that nobody else need be asked.
+pub(crate) fn is_settled_by(pod: &Value) -> bool {
+    // What cannot be read is refused without asking anybody.
+    Wish::parse(ours_of(pod)).map_or(true, |wish| wish.inject == Some(false) || wish.wants_packages())
+}
+
 fn of_namespace(namespace: &Namespace, is_there: impl Fn(&str) -> bool) -> Result<(Wish, Texts<'_>), Denial> {
     let texts = ours(&namespace.annotations);
     let at = || Source::Namespace { name: namespace.name.clone() };

@@ -2,11 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use nix_csi_certs::LiveCertificate;
-use nix_csi_webhook::{Decision, Origin, Policy, Reviewer, Serving, decide, inject, router};
+use nix_csi_webhook::{
+    Decision, Events, Metrics, Origin, Origins, Policy, Reviewer, Serving, decide, inject, router,
+};
 use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -20,8 +23,15 @@ fn policy() -> Policy {
 }
 
 async fn call(body: String) -> Value {
-    let reviewer = Reviewer { policy: policy(), excluded: vec!["kube-system".into(), "nix-csi".into()] };
-    let serving = Serving { reviewer: Arc::new(reviewer), certificate: Arc::new(LiveCertificate::default()) };
+    let reviewer = Reviewer {
+        policy: policy(),
+        excluded: vec!["kube-system".into(), "nix-csi".into()],
+        origins: Origins::fixed(&[], Vec::new()),
+        events: Events::none(),
+        metrics: Metrics::default(),
+    };
+    let certificate = Arc::new(LiveCertificate::default());
+    let serving = Serving { reviewer: Arc::new(reviewer), certificate, since: Instant::now() };
     let request = Request::post("/mutate").header("content-type", "application/json");
     let answer = router(serving).oneshot(request.body(Body::from(body)).unwrap()).await.unwrap();
     assert_eq!(answer.status(), 200);

@@ -50,13 +50,13 @@ fn set(texts: Texts<'_>) -> Arc<Owner> {
     owner("apps/v1", "ReplicaSet", texts)
 }
 
-fn namespace(inject: Option<&str>, texts: Texts<'_>) -> Option<Arc<Namespace>> {
+fn namespace(inject: Option<&str>, texts: Texts<'_>) -> Arc<Namespace> {
     let inject = inject.map(str::to_owned);
-    Some(Arc::new(Namespace { name: "shop".into(), inject, annotations: annotations(texts) }))
+    Arc::new(Namespace { name: "shop".into(), inject, annotations: annotations(texts) })
 }
 
-fn origin(owners: Vec<Arc<Owner>>, namespace: Option<Arc<Namespace>>) -> Origin {
-    Origin { owners, namespace }
+fn origin(owners: Vec<Arc<Owner>>, namespace: impl Into<Option<Arc<Namespace>>>) -> Origin {
+    Origin { owners, namespace: namespace.into() }
 }
 
 fn plan(pod: &Value, origin: &Origin) -> Plan {
@@ -201,7 +201,7 @@ fn containers_that_a_namespace_names_need_not_be_there() {
     let of = |texts| origin(Vec::new(), namespace(Some("enabled"), texts));
     let found = plan(&pod(&[]), &of(&[("packages.web", A), ("packages.db", B), ("command.db", "x")]));
     assert_eq!(found.containers.iter().map(|container| container.name.as_str()).collect::<Vec<_>>(), ["web"]);
-    assert_eq!(left(&pod(&[]), &of(&[("packages.db", B)])), "no-container");
+    assert_eq!(left(&pod(&[]), &of(&[("packages.db", B)])), "no-packages");
     assert_eq!(left(&pod(&[]), &of(&[("packages", B), ("containers", "db")])), "no-container");
 }
 
@@ -262,9 +262,45 @@ fn arbitrary() -> impl Strategy<Value = (Value, Origin)> {
             let with = |owner: Arc<Owner>, annotations| Arc::new(Owner { annotations, ..(*owner).clone() });
             let owners = vec![with(set(&[]), of_set), with(deployment(&[]), of_deployment)];
             let namespace = Namespace { name: "shop".into(), inject, annotations: of_namespace };
-            (pod, origin(owners, Some(Arc::new(namespace))))
+            (pod, origin(owners, Arc::new(namespace)))
         },
     )
+}
+
+/// What a pod looks like to somebody who means no good: right keys, any values.
+fn arbitrary_json() -> impl Strategy<Value = Value> {
+    let key = prop_oneof![
+        Just("metadata"),
+        Just("annotations"),
+        Just("spec"),
+        Just("containers"),
+        Just("initContainers"),
+        Just("name"),
+        Just("env"),
+        Just("command"),
+        Just("volumeMounts"),
+        Just("mountPath"),
+        Just("volumes"),
+        Just("securityContext"),
+        Just("nix.lillecarl.com/packages"),
+        Just("nix.lillecarl.com/status"),
+    ];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        Just(json!(true)),
+        Just(json!(-1)),
+        Just(json!(A)),
+        Just(json!("PATH")),
+        Just(json!("/nix")),
+        Just(json!("{\"v\":1,\"source\":\"\",\"containers\":{}}")),
+    ];
+    leaf.prop_recursive(6, 48, 6, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            proptest::collection::btree_map(key.clone(), inner, 0..6)
+                .prop_map(|map| map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()),
+        ]
+    })
 }
 
 proptest! {
@@ -281,6 +317,16 @@ proptest! {
                 }
                 other => prop_assert!(false, "{:?}", other),
             }
+        }
+    }
+
+    #[test]
+    fn any_json_gets_a_decision(pod in arbitrary_json(), (_, origin) in arbitrary()) {
+        if let Ok(Decision::Inject(plan)) = decide(&pod, &origin, &policy()) {
+            let meant = inject(&pod, &plan);
+            let mut patched = pod.clone();
+            json_patch::patch(&mut patched, &json_patch::diff(&pod, &meant)).unwrap();
+            prop_assert_eq!(patched, meant);
         }
     }
 
