@@ -27,8 +27,16 @@ fn run(args: &[&str], input: Option<&str>) -> Result<Output> {
 }
 
 fn checked(args: &[&str], input: Option<&str>) -> Result<String> {
+    Ok(text(&succeeded(args, input)?.stdout))
+}
+
+fn said(args: &[&str], input: Option<&str>) -> Result<String> {
+    let output = succeeded(args, input)?;
+    Ok(text(&[output.stdout, output.stderr].concat()))
+}
+
+fn succeeded(args: &[&str], input: Option<&str>) -> Result<Output> {
     let output = run(args, input)?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     ensure!(
         output.status.success(),
         "e2e/cluster {}: {}\n{}{}",
@@ -37,7 +45,11 @@ fn checked(args: &[&str], input: Option<&str>) -> Result<String> {
         text(&output.stdout),
         text(&output.stderr)
     );
-    Ok(text(&output.stdout))
+    Ok(output)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// kubectl as the administrator.
@@ -75,6 +87,16 @@ impl Namespace {
     /// kubectl in this namespace.
     pub fn kubectl(&self, args: &[&str]) -> Result<String> {
         kubectl(&[&["-n", &self.name], args].concat())
+    }
+
+    /// All that kubectl says in this namespace, warnings of the API server too.
+    pub fn said(&self, args: &[&str]) -> Result<String> {
+        said(&[&["kubectl", "-n", &self.name], args].concat(), None)
+    }
+
+    /// Applies an object; gives back all that was said.
+    pub fn said_when_applied(&self, object: &Value) -> Result<String> {
+        said(&["kubectl", "-n", &self.name, "apply", "-f", "-"], Some(&object.to_string()))
     }
 
     /// Applies an object.

@@ -42,7 +42,7 @@ fn annotated(name: &str) -> Result<serde_json::Value> {
     Ok(pod)
 }
 
-/// A webhook that is dead keeps out only those who asked for it.
+/// A webhook that is dead keeps out only those who asked for it themselves, also where a whole namespace is opted in.
 fn with_a_dead_webhook(namespace: &Namespace) -> Result<()> {
     kubectl(&["-n", "nix-csi", "scale", "deployment/nix-csi-webhook", "--replicas=0"])?;
     kubectl(&[
@@ -57,6 +57,9 @@ fn with_a_dead_webhook(namespace: &Namespace) -> Result<()> {
     ])?;
     namespace.apply(&plain("plain"))?;
     namespace.ready("plain")?;
+    kubectl(&["label", "namespace", &namespace.name, "nix.lillecarl.com/inject=enabled"])?;
+    namespace.apply(&plain("opted-in"))?;
+    namespace.ready("opted-in")?;
     let text = namespace.refused(&annotated("asks")?)?;
     ensure!(text.contains("pods.nix.lillecarl.com"), "{text}");
     Ok(())
@@ -87,7 +90,8 @@ fn nothing_is_left() -> Result<()> {
         ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let left = kubectl(&[
             "get",
-            "csidrivers,mutatingwebhookconfigurations,clusterroles,clusterrolebindings,namespaces",
+            "csidrivers,mutatingwebhookconfigurations,validatingadmissionpolicies,\
+             validatingadmissionpolicybindings,clusterroles,clusterrolebindings,namespaces",
             "-o",
             "name",
         ])?;
