@@ -15,7 +15,7 @@ repo=$(cd "$here/../../.." && pwd -P)
 seconds=${1:-20}
 shift $(($# > 0 ? 1 : 0))
 targets=("$@")
-[[ $# -gt 0 ]] || targets=(nar narinfo nix_conf references)
+[[ $# -gt 0 ]] || targets=(farming nar narinfo nix_conf references)
 [[ $seconds =~ ^[1-9][0-9]*$ ]] || {
   echo "usage: run.sh [SECONDS PER TARGET [TARGET]...]" >&2
   exit 64

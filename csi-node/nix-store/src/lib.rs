@@ -1,4 +1,5 @@
-//! Nix's formats, and nothing else: store paths, hashes, content addresses, narinfo, signatures, NAR.
+//! Nix's formats, and nothing else: store paths (also in other text), hashes, content addresses, narinfo,
+//! signatures, NAR.
 //!
 //! Everything here is pure. **Absent on purpose:** no file is opened, no socket is used, nothing is
 //! `async`, and no length that came from outside decides how much memory is reserved. The parsers are
@@ -12,6 +13,7 @@ pub mod nar;
 mod narinfo;
 mod netrc;
 mod path;
+mod references;
 mod signature;
 
 pub use base32::{Base32Error, decode as decode_base32, encode as encode_base32};
@@ -22,6 +24,7 @@ pub use hash::{Hash, HashAlgorithm, NarHash, ParseHashError};
 pub use narinfo::{Compression, NarInfo, ParseNarInfoError};
 pub use netrc::{Login, Netrc, ParseNetrcError};
 pub use path::{ParseStorePathError, STORE_DIR, StorePath, StorePathHash};
+pub use references::{FoundPath, find_store_paths};
 pub use signature::{
     ParseKeyError, ParseSignatureError, PublicKey, Signature, SignatureError, TrustedKeys, fingerprint,
 };

@@ -8,8 +8,8 @@ use crate::base32;
 /// Where every store path begins, on every cache and in every pod. A node keeps the files elsewhere.
 pub const STORE_DIR: &str = "/nix/store";
 
-const HASH_LEN: usize = 32;
-const MAX_NAME_LEN: usize = 211;
+pub(crate) const HASH_LEN: usize = 32;
+pub(crate) const MAX_NAME_LEN: usize = 211;
 
 /// Why a text is not a store path.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
