@@ -65,6 +65,9 @@ delete validatingadmissionpolicybinding,validatingadmissionpolicy nix-csi-owner-
 delete clusterrolebinding nix-csi-webhook nix-csi-webhook-owners nix-csi-node nix-csi-node-startup-taint
 delete clusterrole nix-csi-webhook nix-csi-webhook-owners nix-csi-webhook-owners-of-kubernetes nix-csi-node \
     nix-csi-node-startup-taint
+# If overlays/guard is installed.
+delete validatingadmissionpolicybinding,validatingadmissionpolicy nix-csi-guard-pods nix-csi-guard-namespaces
+delete clusterrole nix-csi-user nix-csi-namespace-admin
 delete namespace nix-csi
 echo "uninstall: nix-csi is off this cluster"
 [[ -n $delete_node_data ]] || echo "uninstall: nodes keep what they fetched in /var/lib/nix-csi"
