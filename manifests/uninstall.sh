@@ -61,6 +61,7 @@ if [[ -n $delete_node_data ]]; then
     delete -n nix-csi daemonset nix-csi-delete-node-data --cascade=foreground --timeout=5m
 fi
 delete csidriver nix-csi.lillecarl.com
+delete customresourcedefinition imagemaps.nix.lillecarl.com
 delete validatingadmissionpolicybinding,validatingadmissionpolicy nix-csi-owner-annotations nix-csi-node-startup-taint
 delete clusterrolebinding nix-csi-webhook nix-csi-webhook-owners nix-csi-node nix-csi-node-startup-taint
 delete clusterrole nix-csi-webhook nix-csi-webhook-owners nix-csi-webhook-owners-of-kubernetes nix-csi-node \

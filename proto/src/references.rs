@@ -157,9 +157,24 @@ impl References {
         &self.0
     }
 
+    /// This list, and behind it what is in `others` and not in this one.
+    #[must_use]
+    pub fn followed_by(&self, others: &Self) -> Self {
+        let mut all = self.clone();
+        all.0.extend(others.0.iter().filter(|item| !self.0.contains(item)).cloned());
+        all
+    }
+
     /// Whether there is nothing in the list.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+}
+
+impl From<StorePath> for References {
+    /// A list of one path, for any system.
+    fn from(path: StorePath) -> Self {
+        Self(vec![Item { system: None, reference: Reference { path, program: None } }])
     }
 }
 
@@ -238,6 +253,14 @@ mod tests {
         assert_eq!(first.system, Some(System::Aarch64Linux));
         assert_eq!(first.reference.program.as_deref(), Some("bin/a"));
         assert_eq!((second.system, &second.reference.program), (None, &None));
+    }
+
+    #[test]
+    fn lists_follow_each_other() {
+        let parse = |value: &str| References::parse(value).unwrap();
+        let both = parse(&format!("{A}/bin/a {B}")).followed_by(&parse(&format!("{B} {A}")));
+        assert_eq!(both, parse(&format!("{A}/bin/a {B} {A}")));
+        assert_eq!(References::from(A.parse::<StorePath>().unwrap()), parse(A));
     }
 
     #[rstest]

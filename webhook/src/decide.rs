@@ -3,6 +3,8 @@
 use nix_csi_proto::annotations;
 use serde_json::Value;
 
+use crate::farm::is_marker;
+use crate::needs::Farming;
 use crate::origin::Origin;
 use crate::plan::Plan;
 use crate::planner::Planner;
@@ -20,6 +22,13 @@ pub struct Policy {
     pub distroless: String,
     /// The same with a user that is not root.
     pub distroless_nonroot: String,
+}
+
+impl Policy {
+    /// Whether an image holds nothing that `/nix` could hide: one of ours, or one that is known for it.
+    pub(crate) fn is_marker(&self, image: &str) -> bool {
+        is_marker(image, &[&self.distroless, &self.distroless_nonroot])
+    }
 }
 
 /// Why a pod is refused. The message is all that its author sees.
@@ -143,10 +152,16 @@ pub fn decide(pod: &Value, origin: &Origin, policy: &Policy) -> Result<Decision,
     let Some(wished) = resolve(pod, origin, Some(&names))? else { return leave("disabled", Vec::new()) };
     let wish = &wished.wish;
     let mut warnings = Vec::new();
-    if wish.farm == Some(true) {
-        warnings.push(format!("{}: this version does not look for store paths in pods", annotations::FARM));
-    }
-    let Some(source) = wished.source.clone() else {
+    let opted_in = origin.namespace.as_deref().filter(|namespace| namespace.is_opted_in());
+    let farming = Farming::of(wish.farm, opted_in.is_some());
+    let has_own = wished.source.as_ref().is_some_and(Source::is_for_this_pod);
+    let maps = opted_in.filter(|_| !has_own).map(|_| &*origin.image_maps).filter(|maps| !maps.is_empty());
+    // Without packages there may be an image that is some, or a text that names some.
+    let is_looked_at = maps.is_some() || farming != Farming::Off;
+    let farmer = || wished.farmer.clone().filter(|_| farming == Farming::Everywhere);
+    let offered = || opted_in.map(|namespace| Source::Namespace { name: namespace.name.clone() });
+    let source = wished.source.clone().or_else(|| farmer().or_else(offered).filter(|_| is_looked_at));
+    let Some(source) = source else {
         // What only a Namespace says is not worth a word to each of its pods.
         if is_annotated(pod) && Status::of(pod).is_none() {
             warnings.push(nothing_offered());
@@ -154,9 +169,6 @@ pub fn decide(pod: &Value, origin: &Origin, policy: &Policy) -> Result<Decision,
         return leave("no-packages", warnings);
     };
     let is_for_this_pod = source.is_for_this_pod();
-    if wish.size_limit.is_some() && !wish.read_write() && is_for_this_pod {
-        return Err(Denial::LimitOfReadOnly);
-    }
     if !is_for_this_pod && wish.inject != Some(true) && is_critical(pod) {
         return leave("critical", warnings);
     }
@@ -167,9 +179,18 @@ pub fn decide(pod: &Value, origin: &Origin, policy: &Policy) -> Result<Decision,
         return if is_for_this_pod { Err(Denial::HostUsers) } else { leave("host-users", warnings) };
     }
     let planner = Planner::new(pod, policy, wish, Plan::empty(source, wished.digest.clone(), warnings));
-    let plan = planner.plan()?;
+    let mut plan = planner.finding(maps, farming).plan()?;
     if plan.containers.is_empty() {
-        return leave("no-container", plan.warnings);
+        if wished.source.is_some() {
+            return leave("no-container", plan.warnings);
+        }
+        if is_annotated(pod) && Status::of(pod).is_none() {
+            plan.warnings.push(nothing_offered());
+        }
+        return leave("no-packages", plan.warnings);
+    }
+    if wish.size_limit.is_some() && !wish.read_write() && is_for_this_pod {
+        return Err(Denial::LimitOfReadOnly);
     }
     Ok(Decision::Inject(plan))
 }

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::decide::{Decision, Policy, decide, is_annotated};
 use crate::entry::Entry;
+use crate::image_map::{ImageMapError, ImageMaps};
 use crate::inject::inject;
 use crate::origin::{Namespace, ObjectRef, Origin, Owner};
 use crate::source::Source;
@@ -20,7 +21,7 @@ use crate::source::Source;
 /// What would become of the pods of a manifest. Exits with 1 if one of them would be refused.
 #[derive(Debug, clap::Args)]
 pub struct Explain {
-    /// The manifest, YAML or JSON, with one or more objects; `-` is standard input.
+    /// The manifest, YAML or JSON, with one or more objects, ImageMaps too; `-` is standard input.
     #[arg(short, long, value_name = "FILE")]
     filename: PathBuf,
     /// A manifest of the Namespace, if the other one has none: `kubectl get namespace shop -o yaml`.
@@ -119,12 +120,28 @@ fn read(file: &Path) -> anyhow::Result<Vec<Value>> {
 pub(crate) fn explain_all(objects: &[Value], setting: &Setting<'_>) -> Vec<Explanation> {
     let is_namespace = |object: &&Value| text(object, "/kind") == "Namespace";
     let namespaces: Vec<_> = objects.iter().filter(is_namespace).map(namespace).collect();
-    objects.iter().filter_map(|object| explain_one(object, &namespaces, setting)).collect()
+    let (maps, errors) = image_maps(objects);
+    let maps = Arc::new(maps);
+    let unused = |(name, error)| format!("ImageMap {name} is not used: {error}");
+    let warnings: Vec<_> = errors.iter().map(unused).collect();
+    let explain = |object| explain_one(object, &namespaces, &maps, warnings.clone(), setting);
+    objects.iter().filter_map(explain).collect()
 }
 
-fn explain_one(object: &Value, namespaces: &[Arc<Namespace>], setting: &Setting<'_>) -> Option<Explanation> {
+/// Those that are among `objects`, as the cluster would have them.
+fn image_maps(objects: &[Value]) -> (ImageMaps, BTreeMap<String, ImageMapError>) {
+    let maps = objects.iter().filter(|object| text(object, "/kind") == "ImageMap");
+    ImageMaps::read(maps.map(|map| (text(map, "/metadata/name"), &map["spec"])))
+}
+
+fn explain_one(
+    object: &Value,
+    namespaces: &[Arc<Namespace>],
+    maps: &Arc<ImageMaps>,
+    mut warnings: Vec<String>,
+    setting: &Setting<'_>,
+) -> Option<Explanation> {
     let (pod, owners) = pod_of(object)?;
-    let mut warnings = Vec::new();
     let name = match (text(object, "/metadata/namespace"), namespaces) {
         ("", [only]) => only.name.clone(),
         ("", _) => "default".to_owned(),
@@ -134,7 +151,7 @@ fn explain_one(object: &Value, namespaces: &[Arc<Namespace>], setting: &Setting<
         warnings.push(format!("namespace {name} is not given; it is taken for one without our label"));
         Arc::new(Namespace { name: name.clone(), ..Namespace::default() })
     });
-    let origin = Origin { owners, namespace: Some(Arc::clone(&namespace)) };
+    let origin = Origin { owners, namespace: Some(Arc::clone(&namespace)), image_maps: Arc::clone(maps) };
     let mut explanation = Explanation {
         object: format!("{}/{}", text(object, "/kind"), text(object, "/metadata/name")),
         namespace: name.clone(),
@@ -309,6 +326,24 @@ mod tests {
         let elsewhere = workload(kind, &annotated, "");
         assert_eq!(explained(&elsewhere, false)[0].decision, "not-asked");
         assert_eq!(explained(&elsewhere, true)[0].decision, "injected");
+    }
+
+    #[test]
+    fn image_maps_count_where_the_namespace_is_opted_in() {
+        let map = |packages: &str| {
+            format!(
+                "---\nkind: ImageMap\nmetadata: {{name: ours}}\nspec: {{images: [{{match: web, packages: [{packages}]}}]}}\n"
+            )
+        };
+        let deployment = workload("Deployment", "", "").replace("image: n", "image: web:1");
+        let found = explained(&format!("{OPTED_IN}{}{deployment}", map(HELLO)), false);
+        assert_eq!((found.len(), found[0].decision), (1, "injected"));
+        assert_eq!(explained(&format!("{}{deployment}", map(HELLO)), false)[0].decision, "not-asked");
+        let found = explained(&format!("{OPTED_IN}{}{deployment}", map("hello")), false);
+        assert!(
+            found[0].warnings[0].starts_with("ImageMap ours is not used: spec.images[0].packages"),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@ use nix_csi_proto::annotations::STATUS;
 use nix_csi_proto::volume::RESULT;
 use serde_json::{Map, Value, json};
 
+use crate::environment::{Environment, PASSWD, is_program};
 use crate::plan::{ContainerPlan, Plan, VolumePlan};
 use crate::status::{is_at_nix, is_ours};
 
@@ -21,6 +22,9 @@ pub fn inject(pod: &Value, plan: &Plan) -> Value {
         for volume in &plan.volumes {
             set_named(volumes, volume_value(volume));
         }
+        for volume in plan.containers.iter().flat_map(|container| &container.environment.volumes) {
+            set_named(volumes, volume.clone());
+        }
         for field in ["initContainers", "containers"] {
             for container in spec.get_mut(field).and_then(Value::as_array_mut).into_iter().flatten() {
                 let name = container.get("name").and_then(Value::as_str);
@@ -36,6 +40,9 @@ pub fn inject(pod: &Value, plan: &Plan) -> Value {
         && let Some(annotations) = entry_object(metadata, "annotations")
     {
         annotations.insert(STATUS.to_owned(), Value::String(plan.status.clone()));
+        if let Some(passwd) = &plan.passwd {
+            annotations.insert(PASSWD.to_owned(), Value::String(passwd.clone()));
+        }
     }
     pod
 }
@@ -75,7 +82,7 @@ fn volume_value(volume: &VolumePlan) -> Value {
 
 fn inject_container(container: &mut Map<String, Value>, of: &ContainerPlan, plan: &Plan) {
     let mounts = array(container, "volumeMounts");
-    mounts.retain(|mount| !plan.obsolete.iter().any(|obsolete| is_at_nix(mount, obsolete)));
+    mounts.retain(|mount| !plan.obsolete.iter().any(|obsolete| is_of(mount, obsolete)));
     set_named(mounts, json!({ "name": of.volume, "mountPath": "/nix", "readOnly": of.read_only }));
     if let Some(image) = &of.image {
         container.insert("image".to_owned(), image.clone().into());
@@ -85,7 +92,37 @@ fn inject_container(container: &mut Map<String, Value>, of: &ContainerPlan, plan
     if let Some(command) = &of.command {
         container.insert("command".to_owned(), json!(command));
     }
-    inject_path(array(container, "env"));
+    if !of.args.is_empty() {
+        container.insert("args".to_owned(), json!(of.args));
+    }
+    if of.path {
+        inject_path(array(container, "env"));
+    }
+    inject_environment(container, &of.environment);
+}
+
+/// Whether `mount` is one that an earlier call made of that volume.
+fn is_of(mount: &Value, volume: &str) -> bool {
+    let field = |name: &str| mount.get(name).and_then(Value::as_str);
+    is_at_nix(mount, volume) || (field("name") == Some(volume) && field("mountPath").is_some_and(is_program))
+}
+
+/// Adds what is not there. It was planned by what is.
+fn inject_environment(container: &mut Map<String, Value>, environment: &Environment) {
+    let at = |mount: &Value| mount.get("mountPath").cloned();
+    let mounts = array(container, "volumeMounts");
+    for mount in &environment.mounts {
+        if !mounts.iter().any(|present| at(present) == at(mount)) {
+            mounts.push(mount.clone());
+        }
+    }
+    if environment.env.is_empty() {
+        return;
+    }
+    let env = array(container, "env");
+    for (name, value) in &environment.env {
+        env.push(json!({ "name": name, "value": value }));
+    }
 }
 
 /// Puts the packages first in `PATH`, once.

@@ -67,6 +67,11 @@ struct OfKind {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Mapped {
+    image_map: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Uninjected {
     asked: &'static str,
 }
@@ -81,6 +86,7 @@ struct Inner {
     duration: Histogram,
     look_ups: Family<LookedUp, Counter>,
     events: Family<Events, Counter>,
+    mapped: Family<Mapped, Counter>,
     known: Family<OfKind, Gauge>,
     expires: Gauge<u64, AtomicU64>,
     uninjected: Family<Uninjected, Gauge>,
@@ -94,6 +100,7 @@ impl Default for Metrics {
             duration: Histogram::new(SECONDS),
             look_ups: Family::default(),
             events: Family::default(),
+            mapped: Family::default(),
             known: Family::default(),
             expires: Gauge::default(),
             uninjected: Family::default(),
@@ -106,6 +113,8 @@ impl Default for Metrics {
         let help = "Owners and Namespaces looked up for reviews";
         registry.register("look_ups", help, inner.look_ups.clone());
         registry.register("events", "Events for owners of pods", inner.events.clone());
+        let help = "Containers that run packages instead of their image, by ImageMap";
+        registry.register("image_map_hits", help, inner.mapped.clone());
         registry.register("known_objects", "Objects kept in memory", inner.known.clone());
         let help = "When the serving certificate ends, in seconds since 1970; 0 if there is none";
         registry.register("certificate_expiration_timestamp_seconds", help, inner.expires.clone());
@@ -132,6 +141,11 @@ impl Metrics {
             Found::NoAnswer => "no-answer",
         };
         self.0.look_ups.get_or_create(&LookedUp { found }).inc();
+    }
+
+    /// A container runs packages instead of its image, as an ImageMap says.
+    pub(crate) fn mapped(&self, image_map: &str) {
+        self.0.mapped.get_or_create_owned(&Mapped { image_map: image_map.to_owned() }).inc();
     }
 
     /// An event came to its end.

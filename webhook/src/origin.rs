@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::image_map::ImageMaps;
+
 /// Kept by the Deployment controller: which revision of a Deployment a ReplicaSet is, and which one is the
 /// Deployment's current one.
 pub(crate) const REVISION: &str = "deployment.kubernetes.io/revision";
@@ -50,6 +52,8 @@ pub struct Origin {
     pub owners: Vec<Arc<Owner>>,
     /// Its Namespace, if that is known.
     pub namespace: Option<Arc<Namespace>>,
+    /// Which images are packages, in all namespaces that are opted in.
+    pub image_maps: Arc<ImageMaps>,
 }
 
 impl ObjectRef {
@@ -123,7 +127,7 @@ mod tests {
         #[case] kind: &str,
     ) {
         let owners = vec![owner("apps/v1", "ReplicaSet", set), owner("apps/v1", "Deployment", deployment)];
-        let origin = Origin { owners, namespace: None };
+        let origin = Origin { owners, ..Origin::default() };
         let kinds: Vec<_> = origin.deciding().map(|owner| owner.object.kind.as_str()).collect();
         assert_eq!(kinds, [kind]);
     }
@@ -131,11 +135,11 @@ mod tests {
     #[test]
     fn others_all_count() {
         let owners = vec![owner("batch/v1", "Job", None), owner("batch/v1", "CronJob", None)];
-        assert_eq!(Origin { owners, namespace: None }.deciding().count(), 2);
+        assert_eq!(Origin { owners, ..Origin::default() }.deciding().count(), 2);
         let owners = vec![
             owner("apps/v1", "ReplicaSet", Some("1")),
             owner("argoproj.io/v1alpha1", "Rollout", Some("1")),
         ];
-        assert_eq!(Origin { owners, namespace: None }.deciding().count(), 2);
+        assert_eq!(Origin { owners, ..Origin::default() }.deciding().count(), 2);
     }
 }

@@ -11,6 +11,8 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::entry::Entry;
+use crate::image_map::ImageMaps;
+use crate::image_map_watch::{self, LiveImageMaps};
 use crate::index::{Index, Meta, follow};
 use crate::kinds::OwnerKind;
 use crate::metrics::{Found, Metrics};
@@ -50,6 +52,7 @@ pub struct Origins {
     client: Option<Client>,
     kinds: Vec<Kind>,
     namespaces: Arc<Index<Namespace>>,
+    image_maps: LiveImageMaps,
     metrics: Metrics,
 }
 
@@ -63,7 +66,7 @@ impl Origins {
     pub fn new(client: Client, more: impl IntoIterator<Item = OwnerKind>, metrics: Metrics) -> Self {
         let kinds = OwnerKind::built_in().chain(more);
         let kinds = kinds.map(|OwnerKind(resource)| Kind { resource, owners: Arc::default() }).collect();
-        Self { client: Some(client), kinds, namespaces: Arc::default(), metrics }
+        Self { client: Some(client), kinds, namespaces: Arc::default(), image_maps: Arc::default(), metrics }
     }
 
     /// Knows exactly these, for ever.
@@ -78,7 +81,8 @@ impl Origins {
         let kinds = kinds.collect();
         let known = Index::default();
         known.replace(namespaces.into_iter().map(|one| (one.name.clone(), Arc::new(one))).collect());
-        Self { client: None, kinds, namespaces: Arc::new(known), metrics: Metrics::default() }
+        let (namespaces, metrics) = (Arc::new(known), Metrics::default());
+        Self { client: None, kinds, namespaces, image_maps: Arc::default(), metrics }
     }
 
     /// Begins to follow what happens in the cluster.
@@ -94,6 +98,14 @@ impl Origins {
         let api = Api::all_with(client.clone(), &namespace_resource());
         let keep = |meta| namespace(meta).map(|one| (one.name.clone(), one));
         tokio::spawn(follow(api, Arc::clone(&self.namespaces), keep));
+        tokio::spawn(image_map_watch::keep(client.clone(), Arc::clone(&self.image_maps)));
+    }
+
+    /// The same, with exactly these ImageMaps.
+    #[must_use]
+    pub fn with_image_maps(self, maps: ImageMaps) -> Self {
+        self.image_maps.store(Arc::new(maps));
+        self
     }
 
     /// Whether everything was listed once.
@@ -117,7 +129,8 @@ impl Origins {
             next.clone_from(&found.controller);
             owners.push(found);
         }
-        Origin { owners, namespace: self.namespaces.get(namespace) }
+        let namespace = self.namespaces.get(namespace);
+        Origin { owners, namespace, image_maps: self.image_maps.load_full() }
     }
 
     /// Where `pod` comes from. What the pod says itself may be enough: then nobody is asked.
@@ -153,7 +166,7 @@ impl Origins {
         } else {
             known
         };
-        Ok(Origin { owners, namespace })
+        Ok(Origin { owners, namespace, image_maps: self.image_maps.load_full() })
     }
 
     async fn ask_owner(

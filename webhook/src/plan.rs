@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::environment::Environment;
 use crate::source::Source;
 
 /// What a pod gets.
@@ -19,6 +20,8 @@ pub struct Plan {
     pub status: String,
     /// Volumes that an earlier call added and that nobody needs any more.
     pub obsolete: Vec<String>,
+    /// The users of the pod, if an image without programs has to know more of them.
+    pub passwd: Option<String>,
     /// For the person.
     pub warnings: Vec<String>,
 }
@@ -49,6 +52,14 @@ pub struct ContainerPlan {
     pub image: Option<String>,
     /// The command to set.
     pub command: Option<Vec<String>>,
+    /// The arguments to set; none if it is empty.
+    pub args: Vec<String>,
+    /// Whether the packages come first in `PATH`.
+    pub path: bool,
+    /// The ImageMap that says what its image is, if one does.
+    pub image_map: Option<String>,
+    /// What else it needs to run programs of Nix.
+    pub environment: Environment,
 }
 
 impl Plan {
@@ -60,6 +71,7 @@ impl Plan {
             containers: Vec::new(),
             status: String::new(),
             obsolete: Vec::new(),
+            passwd: None,
             warnings,
         }
     }

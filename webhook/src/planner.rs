@@ -7,10 +7,14 @@ use data_encoding::HEXLOWER;
 use nix_csi_proto::annotations;
 use nix_csi_proto::volume::{self, ENTRY_DIR, ENTRYPOINT, ENTRYPOINT_AUTO};
 use nix_csi_proto::{References, System};
+use nix_csi_store::StorePath;
 use ring::digest::{SHA256, digest};
 use serde_json::Value;
 
 use crate::decide::{Denial, Policy, list, name_of};
+use crate::environment::{Base, Environment, furnish, passwd};
+use crate::image_map::ImageMaps;
+use crate::needs::{Farming, Finder, Need, Why};
 use crate::plan::{ContainerPlan, Plan, VolumePlan};
 use crate::sidecars;
 use crate::status::{Injected, Status};
@@ -21,6 +25,8 @@ pub(crate) struct Planner<'a> {
     pod: &'a Value,
     policy: &'a Policy,
     wish: &'a Wish,
+    maps: Option<&'a ImageMaps>,
+    farming: Farming,
     status: Option<Status>,
     plan: Plan,
 }
@@ -28,21 +34,27 @@ pub(crate) struct Planner<'a> {
 impl<'a> Planner<'a> {
     /// For `pod`, which gets what `wish` says; `plan` says whose wish it is, and warns already.
     pub(crate) fn new(pod: &'a Value, policy: &'a Policy, wish: &'a Wish, plan: Plan) -> Self {
-        Self { pod, policy, wish, status: Status::of(pod), plan }
+        Self { pod, policy, wish, maps: None, farming: Farming::Off, status: Status::of(pod), plan }
+    }
+
+    /// The same, with images that are packages, and with store paths in texts.
+    pub(crate) fn finding(self, maps: Option<&'a ImageMaps>, farming: Farming) -> Self {
+        Self { maps, farming, ..self }
     }
 
     /// The whole plan.
     pub(crate) fn plan(mut self) -> Result<Plan, Denial> {
-        let chosen = self.chosen()?;
-        let is_chosen = |name: &String| chosen.iter().any(|container| name_of(container) == name);
+        let needs = self.needs()?;
+        let is_chosen = |name: &String| needs.iter().any(|need| name_of(need.container) == name);
         let without = self.wish.command_of.keys().filter(|name| !is_chosen(name));
         let warning = |name| format!("{}.{name}: the container is not chosen", annotations::COMMAND);
         self.plan.warnings.extend(without.map(warning));
-        for container in chosen {
-            match self.add(container) {
+        for need in needs {
+            // Offered to all pods of a Namespace, or found in a text: this container goes without.
+            let may_go_without = !self.plan.source.is_for_this_pod() || need.why == Why::Farmed;
+            match self.add(&need) {
                 Ok(()) => {}
-                // Offered to all pods of a Namespace: this container goes without.
-                Err(denial) if !self.plan.source.is_for_this_pod() => {
+                Err(denial) if may_go_without => {
                     self.plan.warnings.push(format!("left out: {denial}"));
                 }
                 Err(denial) => return Err(denial),
@@ -77,27 +89,62 @@ impl<'a> Planner<'a> {
         Ok(all().filter(is_chosen).collect())
     }
 
-    fn add(&mut self, container: &'a Value) -> Result<(), Denial> {
+    /// What all containers get.
+    fn needs(&mut self) -> Result<Vec<Need<'a>>, Denial> {
+        let (chosen, wish) = (self.chosen()?, self.wish);
+        let listed = |container: &'a Value| {
+            let name = name_of(container);
+            let is_chosen = chosen.iter().any(|one| name_of(one) == name);
+            is_chosen.then(|| {
+                let packages = wish.packages_of.get(name).or(wish.packages.as_ref());
+                packages.ok_or_else(|| Denial::NoPackages { container: name.to_owned() })
+            })
+        };
+        let status = self.status.as_ref();
+        let Self { pod, policy, maps, farming, .. } = *self;
+        let finder = Finder { pod, policy, wish, status, maps, farming };
+        let mut warnings = Vec::new();
+        let needs = finder.find(listed, &mut warnings)?;
+        self.plan.warnings.append(&mut warnings);
+        Ok(needs)
+    }
+
+    fn add(&mut self, need: &Need<'a>) -> Result<(), Denial> {
+        let Need { container, why, packages, optional } = need;
         let name = name_of(container);
-        let packages = self.wish.packages_of.get(name).or(self.wish.packages.as_ref());
-        let packages = packages.ok_or_else(|| Denial::NoPackages { container: name.to_owned() })?;
-        let planned = self.volume(packages);
+        let planned = self.volume(packages, optional);
         let volume = planned.name.clone();
         self.check_mounts(container, &volume)?;
         if !self.plan.volumes.iter().any(|known| known.name == volume) {
             self.plan.volumes.push(planned);
         }
-        let image = self.image(container);
+        let (image, base) = self.image(need);
         let swapped = image.is_some();
         // The same wish was served before: whoever changed the image since then had a reason.
         let image = image.filter(|_| !self.is_served(container));
-        let command = self.command(container, packages, swapped, &volume);
+        let command = self.command(need, swapped, &volume);
+        let has_args = container.get("args").and_then(Value::as_array).is_some_and(|args| !args.is_empty());
+        let args = match why {
+            Why::Mapped(map) if !has_args && command.as_ref() == Some(&map.command) => map.args.clone(),
+            Why::Mapped(_) | Why::Listed | Why::Farmed => Vec::new(),
+        };
+        let environment = match why {
+            Why::Farmed => Environment::default(),
+            Why::Listed | Why::Mapped(_) => {
+                furnish(self.pod, container, base, packages, &volume, &mut self.plan.warnings)
+            }
+        };
         self.plan.containers.push(ContainerPlan {
             name: name.to_owned(),
             volume,
             read_only: !self.wish.read_write(),
             image,
             command,
+            args,
+            // What it names, it names by its whole path.
+            path: *why != Why::Farmed,
+            image_map: if let Why::Mapped(map) = why { Some(map.map.clone()) } else { None },
+            environment,
         });
         Ok(())
     }
@@ -106,10 +153,14 @@ impl<'a> Planner<'a> {
         self.plan.warnings.push(warning);
     }
 
-    /// The volume with `packages`.
-    fn volume(&self, packages: &References) -> VolumePlan {
+    /// The volume with `packages`, and with what is `optional`.
+    fn volume(&self, packages: &References, optional: &[StorePath]) -> VolumePlan {
         let read_only = !self.wish.read_write();
         let mut attributes = attributes(packages);
+        if !optional.is_empty() {
+            let optional: Vec<_> = optional.iter().map(ToString::to_string).collect();
+            attributes.insert(volume::OPTIONAL_PATHS.to_owned(), optional.join("\n"));
+        }
         if let Some(limit) = self.wish.size_limit.as_ref().filter(|_| !read_only) {
             attributes.insert(volume::SIZE_LIMIT.to_owned(), limit.clone());
         }
@@ -147,23 +198,37 @@ impl<'a> Planner<'a> {
         self.status.as_ref().is_some_and(served)
     }
 
-    /// The image to set; none if it stays.
-    fn image(&mut self, container: &Value) -> Option<String> {
-        match self.wish.image.clone().unwrap_or_else(|| self.plan.source.default_image()) {
+    /// The image to set, none if it stays; and what there will be in it.
+    fn image(&mut self, need: &Need<'_>) -> (Option<String>, Base) {
+        let container = need.container;
+        let wished = match need.why {
+            Why::Listed => self.wish.image.clone().unwrap_or_else(|| self.plan.source.default_image()),
+            Why::Mapped(_) => Image::Distroless,
+            Why::Farmed => Image::Keep,
+        };
+        match wished {
+            Image::Keep if need.why == Why::Farmed && self.is_marker(container) => (None, Base::Other),
             Image::Keep => {
                 let name = name_of(container);
                 self.warn(format!("container {name}: /nix of its own image, if any, is hidden"));
-                if !has_path(container) {
+                if need.why != Why::Farmed && !has_path(container) {
                     self.warn(format!(
                         "container {name}: it sets no PATH, and its image's own cannot be seen"
                     ));
                 }
-                None
+                (None, Base::Other)
             }
-            Image::Own(image) => Some(image),
-            Image::Distroless if self.needs_user(container) => Some(self.policy.distroless_nonroot.clone()),
-            Image::Distroless => Some(self.policy.distroless.clone()),
+            Image::Own(image) => (Some(image), Base::Other),
+            Image::Distroless if self.needs_user(container) => {
+                (Some(self.policy.distroless_nonroot.clone()), Base::Distroless)
+            }
+            Image::Distroless => (Some(self.policy.distroless.clone()), Base::Distroless),
         }
+    }
+
+    fn is_marker(&self, container: &Value) -> bool {
+        let image = container.get("image").and_then(Value::as_str);
+        image.is_some_and(|image| self.policy.is_marker(image))
     }
 
     /// Whether the container must not be root, and leaves it to the image who it is.
@@ -177,13 +242,11 @@ impl<'a> Planner<'a> {
     }
 
     /// The command to set: only for a container that has none, or has the one from an earlier call.
-    fn command(
-        &mut self,
-        container: &Value,
-        packages: &References,
-        swapped: bool,
-        volume: &str,
-    ) -> Option<Vec<String>> {
+    fn command(&mut self, need: &Need<'_>, swapped: bool, volume: &str) -> Option<Vec<String>> {
+        let Need { container, why, packages, .. } = need;
+        if *why == Why::Farmed {
+            return None;
+        }
         let name = name_of(container);
         let entry = vec![format!("{ENTRY_DIR}/{name}")];
         let present: Vec<_> =
@@ -200,6 +263,11 @@ impl<'a> Planner<'a> {
             Some(Command::Exact(_)) if wrapped => return None,
             Some(Command::Exact(command)) => return Some(command.clone()),
             Some(Command::Program(program)) => program.clone(),
+            None if let Why::Mapped(map) = why
+                && !map.command.is_empty() =>
+            {
+                return (!wrapped).then(|| map.command.clone());
+            }
             None => {
                 let first = packages.items().first().filter(|item| item.system.is_none());
                 let first = first.and_then(|item| item.reference.program.clone());
@@ -232,7 +300,8 @@ impl<'a> Planner<'a> {
                 (None, None) => None,
             };
             let image = image.map(str::to_owned);
-            injected.insert(plan.name.clone(), Injected { volume: plan.volume.clone(), image });
+            let (volume, image_map) = (plan.volume.clone(), plan.image_map.clone());
+            injected.insert(plan.name.clone(), Injected { volume, image, image_map });
             if let Some(before) = before
                 && !self.plan.volumes.iter().any(|volume| volume.name == before.volume)
                 && !self.plan.obsolete.contains(&before.volume)
@@ -244,6 +313,8 @@ impl<'a> Planner<'a> {
         let status = Status { v: 1, source, wish, containers: injected };
         // A struct of strings always becomes JSON.
         self.plan.status = serde_json::to_string(&status).unwrap_or_default();
+        let users = self.plan.containers.iter().filter_map(|container| container.environment.user.as_deref());
+        self.plan.passwd = passwd(users);
         self.plan
     }
 }

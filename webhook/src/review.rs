@@ -104,7 +104,11 @@ async fn answer(reviewer: &Reviewer, entry: Entry, request: &AdmissionRequest<Dy
             answered.response = with_warnings(answered.response, warnings);
             answered
         }
-        Ok(Decision::Inject(plan)) => said.injected(AdmissionResponse::from(request), &pod, plan, about),
+        Ok(Decision::Inject(plan)) => {
+            let maps = plan.containers.iter().filter_map(|container| container.image_map.as_deref());
+            maps.for_each(|map| reviewer.metrics.mapped(map));
+            said.injected(AdmissionResponse::from(request), &pod, plan, about)
+        }
         Err(denial) => said.denied(AdmissionResponse::from(request), &denial, about),
     }
 }

@@ -74,6 +74,8 @@ pub(crate) struct Wished {
     pub(crate) wish: Wish,
     /// Whose packages; none if there are none.
     pub(crate) source: Option<Source>,
+    /// Who says something about farming.
+    pub(crate) farmer: Option<Source>,
     /// Changes when an annotation of ours that counts does.
     pub(crate) digest: String,
 }
@@ -149,6 +151,7 @@ fn of_namespace(namespace: &Namespace, is_there: impl Fn(&str) -> bool) -> Resul
 struct Together<'a> {
     wish: Wish,
     source: Option<Source>,
+    farmer: Option<Source>,
     texts: BTreeMap<&'a str, &'a str>,
     /// Somebody says `inject: enabled`, and nobody nearer has packages.
     asked: bool,
@@ -166,6 +169,9 @@ impl<'a> Together<'a> {
             self.texts.entry(key).or_insert(value);
         }
         let has_packages = wish.wants_packages();
+        if wish.farm.is_some() {
+            self.farmer.get_or_insert_with(|| source.clone());
+        }
         self.wish = std::mem::take(&mut self.wish).or(wish);
         if has_packages {
             self.source = Some(source);
@@ -178,7 +184,7 @@ impl<'a> Together<'a> {
         let digest = HEXLOWER.encode(&digest(&SHA256, text.as_bytes()).as_ref()[..8]);
         let mut wish = self.wish;
         wish.inject = self.asked.then_some(true);
-        Wished { wish, source: self.source, digest }
+        Wished { wish, source: self.source, farmer: self.farmer, digest }
     }
 }
 

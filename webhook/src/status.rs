@@ -34,6 +34,9 @@ pub(crate) struct Injected {
     /// The image it had, if that was replaced.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) image: Option<String>,
+    /// The ImageMap that says what that image is, if one does.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) image_map: Option<String>,
 }
 
 impl Status {

@@ -117,7 +117,11 @@ async fn an_ordinary_pod_gets_image_volume_path_and_entry_point() {
     );
     assert_eq!(
         container["env"],
-        json!([{"name": "PATH", "value": "/nix/var/result/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}])
+        json!([
+            {"name": "PATH", "value": "/nix/var/result/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+            {"name": "TZDIR", "value": "/usr/share/zoneinfo"},
+            {"name": "LANG", "value": "C.UTF-8"},
+        ])
     );
     assert_eq!(
         volume["csi"],
@@ -162,8 +166,11 @@ async fn a_command_is_never_overridden() {
            {"name": "PATH", "value": "/nix/var/result/bin:$(NIX_CSI_PATH)"}])
 )]
 #[tokio::test]
-async fn the_path(#[case] before: Value, #[case] after: Value) {
+async fn the_path(#[case] before: Value, #[case] mut after: Value) {
     let containers = json!([{"name": "web", "image": "nginx", "env": before}]);
+    let others =
+        json!([{"name": "TZDIR", "value": "/usr/share/zoneinfo"}, {"name": "LANG", "value": "C.UTF-8"}]);
+    after.as_array_mut().unwrap().extend(others.as_array().unwrap().clone());
     assert_eq!(injected(&pod(&packages(HELLO), &containers)).await["spec"]["containers"][0]["env"], after);
 }
 

@@ -56,7 +56,7 @@ fn namespace(inject: Option<&str>, texts: Texts<'_>) -> Arc<Namespace> {
 }
 
 fn origin(owners: Vec<Arc<Owner>>, namespace: impl Into<Option<Arc<Namespace>>>) -> Origin {
-    Origin { owners, namespace: namespace.into() }
+    Origin { owners, namespace: namespace.into(), ..Origin::default() }
 }
 
 fn plan(pod: &Value, origin: &Origin) -> Plan {
