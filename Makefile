@@ -69,7 +69,7 @@ test: setup ## Everything
 	$(MAKE) cluster-tests
 
 .PHONY: bench
-bench: setup ## Fetch times beside those of real Nix and the machine's limit, in target/bench.json (root; ARGS=--rounds 3)
+bench: setup ## Fetches, publishes, views and reviews beside peers and limits, in target/bench.json (root; ARGS=--rounds 3)
 	e2e/bench.sh $(ARGS)
 
 .PHONY: demo

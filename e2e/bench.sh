@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bench.sh [--rounds N] [--only PATTERN]
 #
-# Measures how fast closures are fetched: prints a table and writes target/bench.json.
-# Each run has an empty store on a journaled ext4 of its own, which is in memory if there
+# Measures how fast closures are fetched and published, views built and pods reviewed: prints a table and writes
+# target/bench.json. With --only, figures of other names in it stay. Each fetch has an empty store on a journaled ext4 of its own, which is in memory if there
 # is enough of it: a disk, or a file system that deletes beside, would be measured instead.
 #
 # NIX_CSI_NODE=FILE  measures that nix-csi-node instead of a new release build.
@@ -33,11 +33,13 @@ fi
 cd "$e2e/.."
 target=${CARGO_TARGET_DIR:-target}
 corpora=$("$e2e/bench/corpora.sh")
-packages=(-p nix-csi-bench)
-[[ -n ${NIX_CSI_NODE-} ]] || packages+=(-p nix-csi-node)
-# As in the image: what is shipped is what is measured.
 triple=x86_64-unknown-linux-gnu
-RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$triple" "${packages[@]}"
+export RUSTFLAGS="-C target-feature=+crt-static"
+# As in the image, and not together with the benchmark, which wants more of their dependencies: what is shipped is what
+# is measured.
+[[ -n ${NIX_CSI_NODE-} ]] ||
+  cargo build --release --locked --target "$triple" -p nix-csi-node -p nix-csi-webhook
+cargo build --release --locked --target "$triple" -p nix-csi-bench
 
 command=("$target/$triple/release/nix-csi-bench" run --corpora "$corpora" --json "$PWD/target/bench.json"
   --node "${NIX_CSI_NODE:-$(realpath "$target/$triple/release/nix-csi-node")}")

@@ -51,6 +51,7 @@ bench   setpriv                     util-linux
 bench   unshare                     util-linux
 bench   mount                       mount
 bench   mkfs.ext4                   e2fsprogs
+bench   rsync                       rsync
 build   cargo                       -
 build   gcc                         gcc
 build   g++                         g++

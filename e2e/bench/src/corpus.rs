@@ -35,6 +35,11 @@ impl Corpus {
         })
     }
 
+    /// The one store path to ask for.
+    pub(crate) fn root(&self) -> Result<&StorePath> {
+        self.roots.first().context("a corpus without roots")
+    }
+
     /// Whose narinfos and NARs a fetch gets: the roots and all that they refer to.
     pub(crate) fn closure(&self) -> Result<Vec<NarInfo>> {
         let mut found = BTreeMap::new();
@@ -59,6 +64,14 @@ impl Corpus {
         }
         Ok(())
     }
+}
+
+/// Options for caches, each with its key.
+pub(crate) fn nix_conf(caches: &[(String, String)]) -> String {
+    let of = |which: fn(&(String, String)) -> &str| caches.iter().map(which).collect::<Vec<_>>().join(" ");
+    let (urls, keys) = (of(|(url, _)| url), of(|(_, key)| key));
+    // How full the file system is must not matter.
+    format!("substituters = {urls}\ntrusted-public-keys = {keys}\nrequire-sigs = true\nmin-free = 0\n")
 }
 
 fn read(path: &Path) -> Result<String> {

@@ -106,7 +106,7 @@ fn restore(corpus: &Corpus, info: &NarInfo, parent: &OwnedFd) -> Result<Parts> {
 }
 
 /// Seconds of CPU that this thread has had: somebody else's load does not count.
-fn cpu_time() -> f64 {
+pub(crate) fn cpu_time() -> f64 {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default().as_secs_f64()
 }
 

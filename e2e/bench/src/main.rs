@@ -1,24 +1,37 @@
-//! Fetches closures with `nix-csi-node fetch`, with `nix copy` and with `nix-store -r`, and tells how long
-//! each took. Run by `e2e/bench.sh`, which gives it a file system of its own.
+//! How fast nix-csi is, beside peers and limits that are measured in the same run.
 //!
-//! [`rows::ROWS`] is what is measured. A row is a corpus, a compression and a latency; its contestants take
-//! turns, each from an empty store, and the best of the rounds counts. A benchmark is no test: a budget that
-//! is missed is printed and does not fail it; a contestant that fails does.
+//! ```text
+//! fetch.rs      closures, by nix-csi-node and by real Nix       rows.rs, contestant.rs, limit.rs
+//! publish.rs    calls of kubelet to a driver that runs          driver.rs, made.rs
+//! view.rs       a closure as links, by us, cp and rsync
+//! admission.rs  reviews over TLS
+//! ```
+//! Run by `e2e/bench.sh`, which gives it a file system of its own. Contestants take turns. A benchmark is no test: a budget
+//! that is missed is printed and does not fail it; a contestant that fails does.
 
+mod admission;
 mod contestant;
 mod corpus;
+mod driver;
+mod fetch;
 mod limit;
+mod made;
+mod publish;
 mod report;
 mod rows;
 mod server;
 mod stopwatch;
+mod times;
+mod view;
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// How fast closures are fetched.
+use crate::server::Servers;
+
+/// How fast nix-csi is.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(subcommand)]
@@ -54,9 +67,22 @@ struct Run {
     /// How often each contestant runs.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Only the rows with this in their name.
+    #[command(flatten)]
+    filter: Filter,
+}
+
+/// Which of all that can be measured.
+#[derive(Debug, clap::Args)]
+struct Filter {
+    /// Only what has this in its name.
     #[arg(long)]
     only: Option<String>,
+}
+
+impl Filter {
+    fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|pattern| name.contains(pattern.as_str()))
+    }
 }
 
 fn main() -> Result<()> {
@@ -69,17 +95,11 @@ fn main() -> Result<()> {
 fn run(options: &Run) -> Result<()> {
     // The limit creates files with their final modes, as does nix-csi-node.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    let servers = server::Servers::start(&options.corpora, &options.scratch)?;
-    let mut field = contestant::Field::new(&options.node, options.nix_rootfs.as_deref(), &options.scratch)?;
-    let mut measured = Vec::new();
-    for row in rows::ROWS {
-        if options.only.as_ref().is_none_or(|pattern| row.name().contains(pattern.as_str())) {
-            eprintln!("bench: {}", row.name());
-            measured.push(row.measure(&options.corpora, &servers, &mut field, options.rounds)?);
-        }
-    }
-    let figures = report::figures(&measured, field.nix_version());
+    let servers = Servers::start(&options.corpora, &options.scratch)?;
+    let mut figures = fetch::measure(options, &options.filter, &servers)?;
+    figures.extend(publish::measure(options, &options.filter, &servers)?);
+    figures.extend(view::measure(options, &options.filter, &servers)?);
+    figures.extend(admission::measure(options.rounds, &options.filter)?);
     report::print(&figures)?;
-    let json = serde_json::to_vec_pretty(&figures)?;
-    std::fs::write(&options.json, json).with_context(|| options.json.display().to_string())
+    report::write(&options.json, &figures, |_| options.filter.only.is_some())
 }

@@ -1,53 +1,66 @@
-//! Figures out of outcomes, as a table and as JSON.
+//! Figures, as a table and as JSON.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::Serialize;
+use serde_json::Value;
 
-use crate::contestant::{Contestant, Outcome};
-use crate::rows::Measured;
-
-/// The most that a limit may be exceeded by, and the other budgets that are of no single row.
-const LIMIT_BUDGET: f64 = 1.2;
-const REGISTER_SECONDS: f64 = 0.020;
-const MEMORY_MIB: f64 = 64.0;
+/// The most that what a machine can do at all may be exceeded by.
+pub(crate) const LIMIT_BUDGET: f64 = 1.2;
+/// The most memory that the driver may take, in MiB.
+pub(crate) const MEMORY_MIB: f64 = 64.0;
 
 /// One figure of ours beside one of a peer.
 #[derive(Debug, Serialize)]
 pub(crate) struct Figure {
     name: String,
     unit: &'static str,
-    /// Best of the rounds.
+    /// Best of the rounds; of calls, a percentile of all of them.
     ours: f64,
     peer: f64,
     peer_name: String,
-    /// Always ours / peer: less is better.
+    /// Less is better: ours / peer, and of rates peer / ours.
     ratio: f64,
     /// The highest ratio that is good.
     budget: Option<f64>,
     holds: Option<bool>,
     ours_median: f64,
     peer_median: f64,
+    /// How many values of ours it stands for.
     rounds: usize,
 }
 
 /// What a figure is called and judged by.
-struct Against {
-    name: String,
-    peer_name: String,
-    budget: Option<f64>,
+pub(crate) struct Against {
+    pub(crate) name: String,
+    pub(crate) peer_name: String,
+    pub(crate) budget: Option<f64>,
 }
 
 impl Figure {
     /// None where one of the two has no values.
-    fn of_rounds(against: Against, unit: &'static str, ours: &[f64], peer: &[f64]) -> Option<Self> {
+    pub(crate) fn of_rounds(
+        against: Against,
+        unit: &'static str,
+        ours: &[f64],
+        peer: &[f64],
+    ) -> Option<Self> {
         let best = |values: &[f64]| values.iter().copied().reduce(f64::min);
         Self::of(against, unit, (best(ours)?, ours), (best(peer)?, peer))
     }
 
+    /// Of rates, where more is better.
+    pub(crate) fn of_rates(against: Against, unit: &'static str, ours: &[f64], peer: &[f64]) -> Option<Self> {
+        let best = |values: &[f64]| values.iter().copied().reduce(f64::max);
+        let figure = Self::of(against, unit, (best(ours)?, ours), (best(peer)?, peer))?;
+        let ratio = figure.ratio.recip();
+        Some(Self { ratio, holds: figure.budget.map(|budget| ratio <= budget), ..figure })
+    }
+
     /// Of two values that stand for all.
-    fn of(
+    pub(crate) fn of(
         Against { name, peer_name, budget }: Against,
         unit: &'static str,
         (ours, all_ours): (f64, &[f64]),
@@ -77,81 +90,22 @@ fn median(values: &[f64]) -> Option<f64> {
     Some(f64::midpoint(*low, *high))
 }
 
-/// The values of one contestant.
-fn values(measured: &Measured, of: Contestant, value: impl Fn(&Outcome) -> Option<f64>) -> Vec<f64> {
-    let outcomes = measured.outcomes.iter().filter(|(who, _)| *who == of);
-    outcomes.filter_map(|(_, outcome)| value(outcome)).collect()
-}
-
-/// All figures of all rows.
-pub(crate) fn figures(all: &[Measured], nix: &str) -> Vec<Figure> {
-    let mut figures = Vec::new();
-    for measured in all {
-        figures.extend(of_row(measured, nix));
-    }
-    let peaks: Vec<_> = all
-        .iter()
-        .flat_map(|row| &row.outcomes)
-        .filter(|(who, _)| who.is_ours())
-        .filter_map(|(_, outcome)| outcome.peak_memory)
-        .collect();
-    let against = Against {
-        name: "peak memory of all runs".to_owned(),
-        peer_name: format!("limit: {MEMORY_MIB} MiB"),
-        budget: Some(1.0),
+/// Writes `figures` to `file`, which keeps those of other names that are in it already and that `keep` wants.
+pub(crate) fn write(file: &Path, figures: &[Figure], keep: impl Fn(&str) -> bool) -> Result<()> {
+    let before: Vec<Value> = match std::fs::read(file) {
+        Ok(text) => serde_json::from_slice(&text).with_context(|| file.display().to_string())?,
+        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error).with_context(|| file.display().to_string()),
     };
-    let worst = peaks.iter().copied().reduce(f64::max);
-    figures.extend(
-        worst.and_then(|worst| Figure::of(against, "MiB", (worst, &peaks), (MEMORY_MIB, &[MEMORY_MIB]))),
-    );
-    figures
-}
-
-fn of_row(measured: &Measured, nix: &str) -> Vec<Figure> {
-    let row = measured.row;
-    if let Some((_, budget)) = row.beside {
-        let against =
-            Against { name: row.name(), peer_name: "the same alone".to_owned(), budget: Some(budget) };
-        let fetch = |who| values(measured, who, |outcome| outcome.fetch);
-        let figure =
-            Figure::of_rounds(against, "s", &fetch(Contestant::OursBeside), &fetch(Contestant::Ours));
-        return figure.into_iter().collect();
-    }
-    let peers = [
-        (Contestant::NixCopy, "nix copy", row.budget.map(|(copy, _)| copy)),
-        (Contestant::NixRealise, "nix-store -r", row.budget.map(|(_, realise)| realise)),
-    ];
-    let publishable: fn(&Outcome) -> Option<f64> = |outcome| Some(outcome.publishable);
-    let mut figures = Vec::new();
-    for (what, value) in [("publishable", publishable), ("durable", |outcome| outcome.durable)] {
-        let ours = values(measured, Contestant::Ours, value);
-        for (peer, peer_name, budget) in peers {
-            let against = Against {
-                name: format!("{}: {what}, {peer_name}", row.name()),
-                peer_name: format!("{peer_name}, Nix {nix}"),
-                budget,
-            };
-            figures.extend(Figure::of_rounds(against, "s", &ours, &values(measured, peer, value)));
-        }
-    }
-    let ours = values(measured, Contestant::Ours, publishable);
-    let against = Against {
-        name: format!("{}: publishable, limit", row.name()),
-        peer_name: "limit: decode + hash + create on two cores".to_owned(),
-        budget: Some(LIMIT_BUDGET),
+    let is_kept = |figure: &Value| {
+        let name = figure["name"].as_str().unwrap_or_default();
+        keep(name) && figures.iter().all(|figure| figure.name != name)
     };
-    let limit = values(measured, Contestant::Limit, publishable);
-    figures.extend(Figure::of_rounds(against, "s", &ours, &limit));
-    if row.register {
-        let against = Against {
-            name: "register 300 paths".to_owned(),
-            peer_name: format!("limit: {REGISTER_SECONDS} s"),
-            budget: Some(1.0),
-        };
-        let ours = values(measured, Contestant::Ours, |outcome| outcome.register);
-        figures.extend(Figure::of_rounds(against, "s", &ours, &[REGISTER_SECONDS]));
+    let mut all: Vec<_> = before.into_iter().filter(is_kept).collect();
+    for figure in figures {
+        all.push(serde_json::to_value(figure)?);
     }
-    figures
+    std::fs::write(file, serde_json::to_vec_pretty(&all)?).with_context(|| file.display().to_string())
 }
 
 /// The table, and which budgets were missed.
@@ -161,13 +115,14 @@ pub(crate) fn print(figures: &[Figure]) -> Result<()> {
     writeln!(
         out,
         "{:width$}  {:>14}  {:>14}      {:>6}  {:>6}",
-        "best (median)", "ours", "peer", "ratio", "budget"
+        "value (median)", "ours", "peer", "ratio", "budget"
     )?;
     for Figure { name, unit, ours, ours_median, peer, peer_median, ratio, budget, holds, .. } in figures {
         let budget = budget.map_or_else(|| "-".to_owned(), |budget| format!("{budget:.3}"));
         let mark = if *holds == Some(false) { "  MISSED" } else { "" };
         let pair = |best: &f64, median: &f64| match *unit {
             "MiB" => format!("{best:.1} ({median:.1})"),
+            "1/s" => format!("{best:.0} ({median:.0})"),
             _ => format!("{best:.3} ({median:.3})"),
         };
         let (ours, peer) = (pair(ours, ours_median), pair(peer, peer_median));
@@ -194,6 +149,23 @@ mod tests {
         assert!((half.ratio - 0.5).abs() < 1e-9 && half.holds == Some(true));
         assert!((half.ours_median - 2.0).abs() < 1e-9 && (half.peer_median - 3.0).abs() < 1e-9);
         assert_eq!(figure(&[1.1], &[2.0], Some(0.5)).holds, Some(false));
+    }
+
+    #[test]
+    fn of_rates_the_highest_is_judged() {
+        let against = Against { name: String::new(), peer_name: String::new(), budget: Some(1.0) };
+        let figure = Figure::of_rates(against, "1/s", &[4000.0, 8000.0], &[5000.0]).unwrap();
+        assert!((figure.ratio - 0.625).abs() < 1e-9 && figure.holds == Some(true));
+    }
+
+    #[test]
+    fn a_file_keeps_what_was_not_measured_anew() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), r#"[{"name": "a", "ours": 1}, {"name": "b"}, {"name": ""}]"#).unwrap();
+        write(file.path(), &[figure(&[1.0], &[1.0], None)], |name| name != "b").unwrap();
+        let all: Vec<Value> = serde_json::from_slice(&std::fs::read(file.path()).unwrap()).unwrap();
+        assert_eq!(all.iter().map(|figure| &figure["name"]).collect::<Vec<_>>(), ["a", ""]);
+        assert_eq!(all[1]["unit"], "s");
     }
 
     #[test]
