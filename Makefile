@@ -72,6 +72,10 @@ test: setup ## Everything
 bench: setup ## Fetches, publishes, views and reviews beside peers and limits, in target/bench.json (root; ARGS=--rounds 3)
 	e2e/bench.sh $(ARGS)
 
+.PHONY: bench-headline
+bench-headline: setup images ## Ten sets of packages as images and as volumes, on a cluster of its own; adds to target/bench.json (root)
+	e2e/bench-headline.sh
+
 .PHONY: demo
 demo: setup images ## From nothing to a Deployment that runs a Nix package, shown step by step
 	e2e/demo.sh

@@ -52,6 +52,8 @@ bench   unshare                     util-linux
 bench   mount                       mount
 bench   mkfs.ext4                   e2fsprogs
 bench   rsync                       rsync
+bench   tar                         tar
+bench   fincore                     util-linux
 build   cargo                       -
 build   gcc                         gcc
 build   g++                         g++

@@ -5,18 +5,23 @@
 //! publish.rs    calls of kubelet to a driver that runs          driver.rs, made.rs
 //! view.rs       a closure as links, by us, cp and rsync
 //! admission.rs  reviews over TLS
+//! headline.rs   ten package sets as images and as volumes       images.rs, registry.rs
 //! ```
-//! Run by `e2e/bench.sh`, which gives it a file system of its own. Contestants take turns. A benchmark is no test: a budget
-//! that is missed is printed and does not fail it; a contestant that fails does.
+//! Run by `e2e/bench.sh`, which gives it a file system of its own, and for the last by `e2e/bench-headline.sh`, which
+//! gives it a cluster. Contestants take turns. A benchmark is no test: a budget that is missed is printed and does not
+//! fail it; a contestant that fails does.
 
 mod admission;
 mod contestant;
 mod corpus;
 mod driver;
 mod fetch;
+mod headline;
+mod images;
 mod limit;
 mod made;
 mod publish;
+mod registry;
 mod report;
 mod rows;
 mod server;
@@ -24,6 +29,7 @@ mod stopwatch;
 mod times;
 mod view;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -40,8 +46,18 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Measure.
+    /// Measure what needs no cluster.
     Run(Run),
+    /// Measure images and volumes on a cluster that is up.
+    Headline(headline::Options),
+    /// Serve the images of a directory.
+    #[command(hide = true)]
+    Registry {
+        #[arg(long)]
+        images: PathBuf,
+        #[arg(long)]
+        listen: SocketAddr,
+    },
     /// Start programs and time them, as asked on standard input: see `stopwatch.rs`.
     #[command(hide = true)]
     Stopwatch,
@@ -89,6 +105,8 @@ fn main() -> Result<()> {
     match Args::parse().command {
         Command::Stopwatch => stopwatch::serve(),
         Command::Run(options) => run(&options),
+        Command::Headline(options) => headline::run(&options),
+        Command::Registry { images, listen } => registry::serve(images, listen),
     }
 }
 
@@ -101,5 +119,8 @@ fn run(options: &Run) -> Result<()> {
     figures.extend(view::measure(options, &options.filter, &servers)?);
     figures.extend(admission::measure(options.rounds, &options.filter)?);
     report::print(&figures)?;
-    report::write(&options.json, &figures, |_| options.filter.only.is_some())
+    // What a cluster is needed for is measured by another command.
+    report::write(&options.json, &figures, |name| {
+        options.filter.only.is_some() || name.starts_with("headline")
+    })
 }
