@@ -443,10 +443,12 @@ async fn what_is_mounted_stays_however_full_the_disk_is() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_without_room_is_told_and_gets_it_when_another_goes(#[case] limits: Limits) -> Result<()> {
     let mut setup = Setup::new(SmallFs::tmpfs(160 * MIB, None)?)?;
-    setup.start(limits).await?;
+    // Before there is too little free: by then nobody new may write.
+    setup.start(NEVER).await?;
     let (x, y) = (setup.package("x", 40, &[])?, setup.package("y", 40, &[])?);
     setup.publish(&read_only("x", &x)).await??;
     setup.publish(&read_write("y", &y)).await??;
+    setup.start(limits).await?;
     let big = setup.package("big", 60, &[])?;
     for _ in 0..3 {
         let said = setup.node.refused(&read_only("big", &big)).await?;
@@ -736,9 +738,11 @@ async fn zero_means_never() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_retired_view_stays_while_it_is_shown(#[case] readonly: bool) -> Result<()> {
     let mut setup = Setup::new(SmallFs::tmpfs(160 * MIB, None)?)?;
-    setup.start(ALWAYS).await?;
+    // Before there is too little free: by then nobody new may write.
+    setup.start(NEVER).await?;
     let package = setup.package("package", 10, &[])?;
     setup.publish(&Volume { readonly, ..read_only("old", &package) }).await??;
+    setup.start(ALWAYS).await?;
     let views = setup.node.root().join("views");
     let id = setup.views()?.pop_first().context("a view")?;
     let retired = views.join(format!("{id}.retired-x"));
