@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use nix_csi_proto::annotations::PREFIX;
+
 use crate::image_map::ImageMaps;
 
 /// Kept by the Deployment controller: which revision of a Deployment a ReplicaSet is, and which one is the
@@ -79,6 +81,13 @@ impl Namespace {
     }
 }
 
+impl Owner {
+    /// What it says to us.
+    fn ours(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.annotations.iter().filter(|(key, _)| key.starts_with(PREFIX))
+    }
+}
+
 impl Origin {
     /// The owners whose annotations count, nearest first.
     ///
@@ -92,7 +101,9 @@ impl Origin {
             {
                 let revision = set.annotations.get(REVISION);
                 let is_current = revision.is_some() && revision == deployment.annotations.get(REVISION);
-                Some(usize::from(!is_current))
+                // A Deployment learns its new revision after the first pods of it. The name that people know is better.
+                let says_the_same = set.ours().eq(deployment.ours());
+                Some(usize::from(!is_current && !says_the_same))
             }
             _ => None,
         };
@@ -108,25 +119,32 @@ impl Origin {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix_csi_proto::annotations::PACKAGES;
     use rstest::rstest;
 
-    fn owner(api_version: &str, kind: &str, revision: Option<&str>) -> Arc<Owner> {
-        let revision = revision.map(|revision| (REVISION.to_owned(), revision.to_owned()));
+    fn owner(api_version: &str, kind: &str, revision: Option<&str>, packages: &str) -> Arc<Owner> {
+        let mut annotations = BTreeMap::from([(PACKAGES.to_owned(), packages.to_owned())]);
+        annotations.extend(revision.map(|revision| (REVISION.to_owned(), revision.to_owned())));
         let object = ObjectRef { api_version: api_version.into(), kind: kind.into(), ..ObjectRef::default() };
-        Arc::new(Owner { object, annotations: revision.into_iter().collect(), controller: None })
+        Arc::new(Owner { object, annotations, controller: None })
     }
 
     #[rstest]
-    #[case::current(Some("3"), Some("3"), "Deployment")]
-    #[case::older(Some("2"), Some("3"), "ReplicaSet")]
-    #[case::the_deployment_lags(Some("4"), Some("3"), "ReplicaSet")]
-    #[case::neither_has_one(None, None, "ReplicaSet")]
+    #[case::current(Some("3"), Some("3"), "b", "Deployment")]
+    #[case::older(Some("2"), Some("3"), "b", "ReplicaSet")]
+    #[case::the_deployment_lags(Some("4"), Some("3"), "b", "ReplicaSet")]
+    #[case::neither_has_one(None, None, "b", "ReplicaSet")]
+    #[case::both_say_the_same(Some("4"), Some("3"), "a", "Deployment")]
     fn who_decides_for_a_deployment(
         #[case] set: Option<&str>,
         #[case] deployment: Option<&str>,
+        #[case] of_deployment: &str,
         #[case] kind: &str,
     ) {
-        let owners = vec![owner("apps/v1", "ReplicaSet", set), owner("apps/v1", "Deployment", deployment)];
+        let owners = vec![
+            owner("apps/v1", "ReplicaSet", set, "a"),
+            owner("apps/v1", "Deployment", deployment, of_deployment),
+        ];
         let origin = Origin { owners, ..Origin::default() };
         let kinds: Vec<_> = origin.deciding().map(|owner| owner.object.kind.as_str()).collect();
         assert_eq!(kinds, [kind]);
@@ -134,11 +152,11 @@ mod tests {
 
     #[test]
     fn others_all_count() {
-        let owners = vec![owner("batch/v1", "Job", None), owner("batch/v1", "CronJob", None)];
+        let owners = vec![owner("batch/v1", "Job", None, "a"), owner("batch/v1", "CronJob", None, "a")];
         assert_eq!(Origin { owners, ..Origin::default() }.deciding().count(), 2);
         let owners = vec![
-            owner("apps/v1", "ReplicaSet", Some("1")),
-            owner("argoproj.io/v1alpha1", "Rollout", Some("1")),
+            owner("apps/v1", "ReplicaSet", Some("1"), "a"),
+            owner("argoproj.io/v1alpha1", "Rollout", Some("1"), "a"),
         ];
         assert_eq!(Origin { owners, ..Origin::default() }.deciding().count(), 2);
     }

@@ -194,7 +194,8 @@ impl Wish {
             mode: self.mode.or(farther.mode),
             cache_secret: self.cache_secret.or(farther.cache_secret),
             farm: self.farm.or(farther.farm),
-            size_limit: self.size_limit.or(farther.size_limit),
+            // Whoever writes nothing needs no limit.
+            size_limit: self.size_limit.or(farther.size_limit.filter(|_| self.mode != Some(Mode::ReadOnly))),
         }
     }
 

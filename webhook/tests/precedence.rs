@@ -148,6 +148,18 @@ fn a_deployment(#[case] of_set: Texts<'_>, #[case] of_deployment: Texts<'_>, #[c
 }
 
 #[test]
+fn a_limit_farther_out_is_for_whoever_writes() {
+    let owners = |texts| origin(vec![owner("apps/v1", "StatefulSet", texts)], None);
+    let limited = owners(&[("packages", A), ("mode", "rw"), ("size-limit", "1Gi")]);
+    let found = plan(&pod(&[]), &limited);
+    assert_eq!(found.volumes[0].attributes["sizeLimit"], "1Gi");
+    let found = plan(&pod(&[("mode", "ro")]), &limited);
+    assert_eq!(found.volumes[0].attributes.get("sizeLimit"), None);
+    let message = denied(&pod(&[]), &owners(&[("packages", A), ("size-limit", "1Gi")]));
+    assert!(message.contains("it needs nix.lillecarl.com/mode: rw"), "{message}");
+}
+
+#[test]
 fn a_job_counts_before_its_cron_job() {
     let job = |texts| owner("batch/v1", "Job", texts);
     let cron = owner("batch/v1", "CronJob", &[("packages", B)]);
