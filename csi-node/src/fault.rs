@@ -19,6 +19,8 @@ pub const POINTS: &[&str] = &[
     "publish.recorded",
     "publish.target-made",
     "publish.mounted",
+    "memory.attached",
+    "memory.shown",
     "sync.synced",
     "sync.marked",
     "unpublish.unmounted",

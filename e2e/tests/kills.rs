@@ -7,6 +7,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix_csi_e2e::driver::mounts_below;
 use nix_csi_e2e::process::{LIMIT, Process, names_in, some_file};
 use nix_csi_e2e::{CacheServer, Fixtures, nix, node_program};
 use nix_csi_node::fault::POINTS;
@@ -35,7 +36,8 @@ async fn is_killed(node: &Process) -> Result<()> {
 
 #[test]
 fn every_point_belongs_to_a_test() {
-    let tested = points(&LIFE).chain(points(&["collect."])).chain(points(&["repair."]));
+    let tested = points(&LIFE).chain(points(&["memory."]));
+    let tested = tested.chain(points(&["collect."])).chain(points(&["repair."]));
     assert_eq!(tested.count(), POINTS.len());
 }
 
@@ -76,6 +78,44 @@ async fn live(node: &Process) -> Result<()> {
     node.publish(&node.volume("later", NAMES, true)?).await?;
     node.shows("later", NAMES)?;
     node.unpublish("later").await
+}
+
+/// For an instant what a volume writes into is mounted in the driver's directory.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step_of_a_volume_in_memory() -> Result<()> {
+    for (point, comes_again) in points(&["memory."]).flat_map(|point| [(point, true), (point, false)]) {
+        let (_server, node) = node()?;
+        node.start_killed_at(point)?;
+        let volume = node.volume("writer", &["hello"], false)?;
+        let volume = volume.attribute("sizeLimit", "4Mi").attribute("medium", "Memory");
+        let lived = async {
+            let start = Instant::now();
+            while node.kills() == 0 {
+                // Nobody may be there yet.
+                let _ = node.publish_once(&volume).await?;
+                node.is_well()?;
+                ensure!(start.elapsed() < LIMIT, "this point is never reached");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            if comes_again {
+                node.publish(&volume).await?;
+                node.shows("writer", &["hello"])?;
+                fs::write(node.target("writer").join("note"), "mine")?;
+                node.publish(&volume).await?;
+                ensure!(
+                    fs::read_to_string(node.target("writer").join("note"))? == "mine",
+                    "it is another one"
+                );
+            }
+            // Also when the pod went away meanwhile.
+            node.unpublish("writer").await?;
+            ensure!(mounts_below(&node.root())?.is_empty(), "memory is left");
+            Ok(())
+        };
+        node.explain(lived.await).context(point)?;
+        node.explain(node.assert_in_order()).context(point)?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,7 @@ use rustix::mount::{
 pub use quota::has_quotas;
 pub use syscalls::probe;
 
+use crate::fault;
 use crate::path_error::PathError;
 
 /// Why something is not mounted as it should be. Nothing is left attached.
@@ -133,6 +134,7 @@ fn overlay_in_memory(view: &Path, memory: &Path, bytes: u64, target: &Path) -> R
         .map_err(fail("mount the memory for", target))?;
     move_mount(&mount, "", CWD, memory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .map_err(fail("attach the memory at", memory))?;
+    fault::point("memory.attached");
     let (upper, work) = (memory.join("upper"), memory.join("work"));
     let shown = std::fs::create_dir(&upper)
         // The root of the overlay shows the upper's mode: a pod of any user must get through.
@@ -140,6 +142,7 @@ fn overlay_in_memory(view: &Path, memory: &Path, bytes: u64, target: &Path) -> R
         .and_then(|()| std::fs::create_dir(&work))
         .map_err(fail("make the directories in", memory))
         .and_then(|()| overlay(view, &upper, &work, target));
+    fault::point("memory.shown");
     let detached = unmount_all(memory);
     shown.and(detached)
 }
