@@ -27,7 +27,7 @@ caches=$("$e2e/cluster-caches.sh")
 "$e2e/cluster" up --caches "$caches" >&2
 "$e2e/install.sh"
 # On two cores, more at once only makes each of them slower.
-cargo test --locked -p nix-csi-e2e --test cluster --test adopt -- --test-threads=4 "$@"
+cargo test --locked -p nix-csi-e2e --test cluster --test adopt --test real_world -- --test-threads=4 "$@"
 # Last, and alone: it takes nix-csi away.
 cargo test --locked -p nix-csi-e2e --test uninstall
 

@@ -52,9 +52,20 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Exit code and all output.
+fn outcome(output: Output) -> (i32, String) {
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
+}
+
 /// kubectl as the administrator.
 pub fn kubectl(args: &[&str]) -> Result<String> {
     checked(&[&["kubectl"], args].concat(), None)
+}
+
+/// Applies what is in no namespace, or names its own.
+pub fn apply(text: &str) -> Result<String> {
+    checked(&["kubectl", "apply", "-f", "-"], Some(text))
 }
 
 /// A command on the node: its mounts, network and processes.
@@ -104,6 +115,25 @@ impl Namespace {
         checked(&["kubectl", "-n", &self.name, "apply", "-f", "-"], Some(&object.to_string()))
     }
 
+    /// Applies what stands in a manifest.
+    pub fn apply_text(&self, text: &str) -> Result<String> {
+        checked(&["kubectl", "-n", &self.name, "apply", "-f", "-"], Some(text))
+    }
+
+    /// Applies an object as another user, whether it succeeds or not, or only asks whether it would.
+    pub fn apply_as(&self, user: &str, object: &Value, dry_run: bool) -> Result<(i32, String)> {
+        let dry_run = if dry_run { "--dry-run=server" } else { "--dry-run=none" };
+        let user = format!("--as={user}");
+        let args = ["kubectl", &user, "-n", &self.name, "apply", dry_run, "-f", "-"];
+        Ok(outcome(run(&args, Some(&object.to_string()))?))
+    }
+
+    /// kubectl in this namespace as another user, whether it succeeds or not: exit code and all output.
+    pub fn kubectl_as(&self, user: &str, args: &[&str]) -> Result<(i32, String)> {
+        let user = format!("--as={user}");
+        Ok(outcome(run(&[&["kubectl", &user, "-n", &self.name], args].concat(), None)?))
+    }
+
     /// Applies an object that must be refused; gives back what was said.
     pub fn refused(&self, object: &Value) -> Result<String> {
         let output = run(&["kubectl", "-n", &self.name, "apply", "-f", "-"], Some(&object.to_string()))?;
@@ -120,8 +150,7 @@ impl Namespace {
     /// Runs a command in a pod, whether it succeeds or not: exit code and all output.
     pub fn exec(&self, pod: &str, command: &[&str]) -> Result<(i32, String)> {
         let output = run(&[&["kubectl", "-n", &self.name, "exec", pod, "--"], command].concat(), None)?;
-        let text = [output.stdout, output.stderr].concat();
-        Ok((output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned()))
+        Ok(outcome(output))
     }
 
     /// Waits until `pod` is ready.
