@@ -4,6 +4,7 @@
 //! The manifests are `e2e/manifests/*.yaml`. None of their images is on the node.
 
 use std::path::Path;
+use std::sync::Mutex;
 
 use anyhow::{Context as _, Result, ensure};
 use nix_csi_e2e::Fixtures;
@@ -23,16 +24,17 @@ fn image_map() -> Result<Value> {
     let site = "daemon off; user root; pid /tmp/nginx.pid; events {} http { access_log off; \
                 client_body_temp_path /tmp/body; proxy_temp_path /tmp/proxy; fastcgi_temp_path /tmp/fastcgi; \
                 uwsgi_temp_path /tmp/uwsgi; scgi_temp_path /tmp/scgi; server { listen 80; return 200; } }";
+    // The image has a configuration of its own, which is not in the package.
+    let serve = format!("echo '{site}' > /tmp/nginx.conf && exec nginx -e stderr -c /tmp/nginx.conf");
     Ok(json!({
         "apiVersion": "nix.lillecarl.com/v1alpha1", "kind": "ImageMap", "metadata": {"name": "real-world"},
         "spec": {"images": [
             {
                 "match": "nginxinc/nginx-unprivileged", "packages": [nginx],
-                "command": ["nginx", "-e", "stderr", "-c", "/etc/nginx/nginx.conf", "-g", "daemon off;"],
+                "command": ["nginx", "-e", "stderr", "-c", "/etc/nginx/nginx.conf", "-g", "daemon off; user root;"],
             },
             {
-                "match": "nginx:1*", "packages": [nginx],
-                "command": ["nginx", "-e", "stderr", "-p", "/tmp", "-c", "/dev/null"], "args": ["-g", site],
+                "match": "nginx:1*", "packages": [nginx, busybox], "command": ["sh", "-c", serve],
             },
             {"match": "docker.io/library/redis:7*", "packages": [redis, bash, path("coreutils")?], "command": ["redis-server"]},
             {"match": "python", "packages": [format!("{python}/bin/python")]},
@@ -49,7 +51,12 @@ fn manifest(name: &str) -> Result<String> {
 
 /// A namespace that is opted in, once the webhook knows that, and the images.
 fn with_opted_in(name: &str, test: impl FnOnce(&Namespace) -> Result<()>) -> Result<()> {
-    apply(&image_map()?.to_string())?;
+    {
+        // One for all tests, which run at the same time.
+        static APPLIED: Mutex<()> = Mutex::new(());
+        let _one_by_one = APPLIED.lock();
+        apply(&image_map()?.to_string())?;
+    }
     with_namespace(name, |namespace| {
         kubectl(&["label", "namespace", name, OPTED_IN])?;
         namespace.apply(&json!({
@@ -146,7 +153,7 @@ fn a_cron_job_in_a_time_zone() -> Result<()> {
     with_opted_in("real-cron-job", |namespace| {
         namespace.apply_text(&manifest("cronjob")?)?;
         namespace.kubectl(&["create", "job", "--from=cronjob/report", "now"])?;
-        assert_eq!(complete(namespace, "now")?, "zone CET\nencoding UTF-8\n");
+        assert_eq!(complete(namespace, "now")?, "zone CET\nencoding utf-8\n");
         Ok(())
     })
 }
@@ -226,7 +233,7 @@ fn a_deployment_is_annotated_and_restarted() -> Result<()> {
         kubectl(&["label", "namespace", &namespace.name, OPTED_IN])?;
         namespace.apply_text(&manifest("web")?)?;
         let packages = format!("nix.lillecarl.com/packages={}", path("nginx")?);
-        let command = r#"nix.lillecarl.com/command=["nginx","-e","stderr","-c","/etc/nginx/nginx.conf","-g","daemon off;"]"#;
+        let command = r#"nix.lillecarl.com/command=["nginx","-e","stderr","-c","/etc/nginx/nginx.conf","-g","daemon off; user root;"]"#;
         namespace.kubectl(&["annotate", "deployment/web", &packages, command])?;
         namespace.kubectl(&["rollout", "restart", "deployment/web"])?;
         rolled_out(namespace, "deployment/web")?;
@@ -445,7 +452,10 @@ fn an_image_map_says_whether_it_is_valid() -> Result<()> {
     };
     valid("is-valid", "True")?;
     // Past what the schema can say.
-    apply(&map("is-not", json!({"match": "Upper/a:1", "packages": [path("hello")?]})).to_string())?;
+    apply(
+        &map("is-not", json!({"match": "registry.invalid/Upper:1", "packages": [path("hello")?]}))
+            .to_string(),
+    )?;
     let said = valid("is-not", "False")?;
     ensure!(said.contains("spec.images[0].match"), "{said}");
     let table = kubectl(&["get", "imagemaps"])?;
