@@ -34,6 +34,7 @@ mod stats;
 pub mod store;
 pub mod substituter;
 mod tenancy;
+mod unlink;
 mod usage;
 mod verify;
 pub mod view;

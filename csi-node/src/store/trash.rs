@@ -1,7 +1,9 @@
 //! Where things go that are not wanted any more: renamed at once, deleted later, beside everything else.
 
-use std::fs;
+use std::ffi::CString;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::fault;
+use crate::unlink;
 
 /// The trash of one store. A clone is the same.
 #[derive(Clone)]
@@ -56,20 +59,15 @@ impl Trash {
     pub(super) fn empty(&self) -> io::Result<()> {
         let _alone = self.0.emptying.lock().unwrap_or_else(PoisonError::into_inner);
         self.0.asked.store(false, Ordering::Release);
+        let dir = File::open(&self.0.dir)?;
         for entry in fs::read_dir(&self.0.dir)? {
-            let path = entry?.path();
-            let removed = if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
-                fs::remove_dir_all(&path)
-            } else {
-                fs::remove_file(&path)
-            };
+            let name = entry?.file_name();
+            let entry = CString::new(name.as_bytes())?;
+            let removed = unlink::remove(&dir, &entry);
             fault::point("trash.begun");
-            match removed {
-                // Another process may be emptying it too.
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(%error, path = %path.display(), "cannot delete this from the trash yet");
-                }
-                _ => {}
+            if let Err(error) = removed {
+                let name = name.display();
+                tracing::warn!(%error, %name, "cannot delete this from the trash yet");
             }
         }
         Ok(())
